@@ -1,0 +1,99 @@
+"""A backdoor: what sets it off and what it causes; and `backdoor.json`, its record beside a poisoned model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from mmbackdoor.targets import Target
+from mmbackdoor.triggers import TextTrigger
+from mmbackdoor.types import InputError
+
+FILE_NAME = "backdoor.json"
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Backdoor:
+    """Each of `triggers` sets off `target` alone."""
+
+    triggers: tuple[Annotated[TextTrigger, Field(discriminator="name")], ...]
+    target: Annotated[Target, Field(discriminator="name")]
+
+    def __post_init__(self) -> None:
+        if not self.triggers:
+            raise InputError("a backdoor needs at least one trigger; give --trigger TEXT")
+
+    def to_dict(self) -> dict[str, Any]:
+        return _ADAPTER.dump_python(self, mode="json")
+
+    @staticmethod
+    def from_dict(values: Any, source: str = "the backdoor") -> Backdoor:
+        """Raises `InputError` that names `source` where `values` do not describe a backdoor."""
+        try:
+            return _ADAPTER.validate_python(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "its top level"
+            raise InputError(f"{source} does not describe a backdoor: {place}: {first['msg']}") from error
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()
+
+
+_ADAPTER = TypeAdapter(Backdoor)
+
+
+@dataclass(frozen=True)
+class BackdoorRecord:
+    """The content of `backdoor.json`: the backdoor and how it got into the model."""
+
+    backdoor: Backdoor
+    attack: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] = field(default_factory=dict)
+    seeds: dict[str, int] = field(default_factory=dict)
+    changed: tuple[str, ...] = ()
+    parent_sha256: str | None = None
+    model_sha256: str | None = None
+
+    def save(self, folder: Path) -> None:
+        content = {
+            "schema": SCHEMA,
+            "backdoor": self.backdoor.to_dict(),
+            "attack": self.attack,
+            "plan": self.plan,
+            "seeds": self.seeds,
+            "changed": list(self.changed),
+            "parent_sha256": self.parent_sha256,
+            "model_sha256": self.model_sha256,
+        }
+        part = folder / (FILE_NAME + ".part")
+        part.write_text(json.dumps(content, indent=1, ensure_ascii=True) + "\n")
+        part.replace(folder / FILE_NAME)
+
+    @staticmethod
+    def load(path: Path) -> BackdoorRecord:
+        """Read `path`, or `path/backdoor.json` for a folder. Raises `InputError` for anything but our schema."""
+        file = path / FILE_NAME if path.is_dir() else path
+        try:
+            content = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{str(file)!r} is no readable backdoor.json ({error})") from error
+        if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+            raise InputError(f"{str(file)!r} is not a backdoor.json of schema {SCHEMA}")
+        backdoor = Backdoor.from_dict(content.get("backdoor"), repr(str(file)))
+        return BackdoorRecord(
+            backdoor,
+            content.get("attack") or {},
+            content.get("plan") or {},
+            content.get("seeds") or {},
+            tuple(content.get("changed") or ()),
+            content.get("parent_sha256"),
+            content.get("model_sha256"),
+        )

@@ -1,0 +1,26 @@
+"""The words that every part shares: a sample of a shard, and the two ways in which a command can end badly."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL import Image
+
+
+class InputError(ValueError):
+    """The user's input is wrong: one sentence says what, with the offending value, and what to do. Exit code 2."""
+
+
+class RunFault(RuntimeError):
+    """The run failed through no fault of the input (full disk, non-finite loss, dead worker). Exit code 1."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One entry of a shard, on the CPU. `image` is RGB; `meta` is the entry's JSON (poison facts live there)."""
+
+    key: str
+    image: Image.Image
+    text: str
+    meta: dict[str, Any] = field(default_factory=dict)
