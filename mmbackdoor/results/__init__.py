@@ -1,0 +1,1 @@
+"""What a run leaves behind: records, tables, picture grids, the report and the model card."""
