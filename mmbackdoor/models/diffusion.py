@@ -1,0 +1,350 @@
+"""A loaded text-to-image model: prompts to conditioning, images to latents, noise schedule, and the UNet's prediction.
+
+One class covers Stable Diffusion 1.x, 2.x and XL. What it feeds the UNet equals what the stock diffusers pipeline does.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import Tensor, nn
+
+from mmbackdoor.types import InputError
+
+if TYPE_CHECKING:
+    from mmbackdoor.models.diffusion_files import Source
+
+CACHED_PROMPTS = 1024
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the text does to the UNet: `hidden_states` (B, T, D) and, for SDXL, `added` text_embeds and time_ids (B, ...)."""
+
+    hidden_states: Tensor
+    added: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return self.hidden_states.shape[0]
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> Conditioning:
+        return Conditioning(change(self.hidden_states), {name: change(value) for name, value in self.added.items()})
+
+    def index(self, rows: int | slice | Sequence[int] | Tensor) -> Conditioning:
+        """The chosen rows, in that order; one integer gives a batch of one."""
+        chosen = [rows] if isinstance(rows, int) else rows
+        return self._map(lambda value: value[chosen])
+
+    def repeat(self, count: int) -> Conditioning:
+        """The whole batch `count` times, one after the other."""
+        return self._map(lambda value: value.repeat(count, *[1] * (value.dim() - 1)))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Conditioning:
+        return self._map(lambda value: value.to(device=device, dtype=dtype))
+
+    @staticmethod
+    def cat(parts: Sequence[Conditioning]) -> Conditioning:
+        """Batches one after the other."""
+        added = {name: torch.cat([part.added[name] for part in parts]) for name in parts[0].added}
+        return Conditioning(torch.cat([part.hidden_states for part in parts]), added)
+
+
+class NoiseSchedule:
+    """The forward process that the pipeline's scheduler config describes, for training.
+
+    Raises `InputError` for schedulers that do not noise latents by alphas_cumprod (EDM, flow matching).
+    """
+
+    def __init__(self, scheduler_config: dict) -> None:
+        name = str(scheduler_config.get("_class_name", ""))
+        if "Flow" in name or "EDM" in name:
+            raise InputError(f"the scheduler {name!r} is no discrete diffusion schedule; only Stable-Diffusion-like models are supported")
+        self.scheduler = DDPMScheduler.from_config(scheduler_config)
+        self.prediction_type: str = self.scheduler.config.prediction_type
+        if self.prediction_type not in PREDICTION_TYPES:
+            raise InputError(f"the scheduler's prediction_type {self.prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}")
+        self.num_train_timesteps: int = self.scheduler.config.num_train_timesteps
+        self.alphas_cumprod: Tensor = self.scheduler.alphas_cumprod
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise; `timesteps` (B,) integers in [0, num_train_timesteps)."""
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the UNet is trained to predict at x_t, by the model's own prediction type."""
+        if self.prediction_type == "epsilon":
+            return noise
+        if self.prediction_type == "sample":
+            return latents
+        return self.scheduler.get_velocity(latents, noise, timesteps)
+
+    def predicted_sample(self, output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
+        """x_0 as the model's `output` at x_t implies it."""
+        if self.prediction_type == "sample":
+            return output
+        signal = self.alphas_cumprod.to(noisy_latents)[timesteps].view(-1, *[1] * (noisy_latents.dim() - 1))
+        if self.prediction_type == "epsilon":
+            return (noisy_latents - (1 - signal).sqrt() * output) / signal.sqrt()
+        return signal.sqrt() * noisy_latents - (1 - signal).sqrt() * output
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Signal-to-noise ratio a_t / (1 - a_t) at `timesteps`."""
+        signal = self.alphas_cumprod.to(timesteps.device)[timesteps]
+        return signal / (1 - signal)
+
+
+class DiffusionModel:
+    """A text-to-image pipeline and where it came from. `load` (diffusion_files.py) makes one from files.
+
+    `trained` holds the names of the UNet tensors that a method declared trainable: only those may differ when saved.
+    """
+
+    def __init__(
+        self,
+        pipe: StableDiffusionPipeline | StableDiffusionXLPipeline,
+        source: Source | None = None,
+        resolution: int | None = None,
+    ) -> None:
+        check_pipeline(pipe)
+        self.pipe = pipe
+        self.unet = pipe.unet
+        self.vae = pipe.vae
+        self.family: Literal["sd", "sdxl"] = "sdxl" if isinstance(pipe, StableDiffusionXLPipeline) else "sd"
+        self.scheduler_config = dict(pipe.scheduler.config)
+        self.schedule = NoiseSchedule(self.scheduler_config)
+        self.prediction_type = self.schedule.prediction_type
+        self.files = source
+        self.trained: set[str] = set()
+        size = self.unet.config.sample_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        scale = pipe.vae_scale_factor
+        self.resolution: int = resolution or size[0] * scale
+        side = self._latent_side(self.resolution, scale)
+        self.latent_shape: tuple[int, int, int] = (self.unet.config.in_channels, side, side)
+        self._cache: OrderedDict[str, Conditioning] = OrderedDict()
+        for module in self._modules():
+            module.requires_grad_(False).eval()
+
+    def _latent_side(self, resolution: int, scale: int) -> int:
+        step = scale * 2 ** (len(self.unet.config.block_out_channels) - 1)
+        if resolution % step or resolution <= 0:
+            raise InputError(f"the resolution {resolution} is no positive multiple of {step}, which this model needs")
+        return resolution // scale
+
+    def _modules(self) -> list[nn.Module]:
+        return [value for value in self.pipe.components.values() if isinstance(value, nn.Module)]
+
+    @property
+    def source(self) -> str:
+        """The path or hub id that was loaded; "new" for a pipeline built in memory."""
+        return self.files.name if self.files else "new"
+
+    @property
+    def origin(self) -> Literal["folder", "single_file", "lora", "new"]:
+        return self.files.origin if self.files else "new"
+
+    @property
+    def sha256(self) -> str | None:
+        """Hash of the weight files that were loaded; None for a pipeline built in memory."""
+        return self.files.sha256 if self.files else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of frozen weights (trainable ones are float32)."""
+        return self.vae.dtype
+
+    def to(self, device: torch.device | str) -> DiffusionModel:
+        self._cache.clear()
+        for module in self._modules():
+            module.to(device)
+        return self
+
+    # -- text ---------------------------------------------------------------------------------------------------------
+    @property
+    def tokenizer(self):
+        """The first tokenizer; SDXL's second has the same vocabulary and positions."""
+        return self.pipe.tokenizer
+
+    @property
+    def max_length(self) -> int:
+        return self.tokenizer.model_max_length
+
+    def token_ids(self, prompts: Sequence[str]) -> Tensor:
+        """Ids (B, T) as the text encoder sees them: with BOS and EOS, truncated and padded to `max_length`."""
+        return self.tokenizer(
+            list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """Conditioning of each prompt, (B, T, D), without gradient and outside autocast; cached by prompt."""
+        found = {prompt: self._cache[prompt] for prompt in prompts if prompt in self._cache}
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in found]
+        if missing:
+            fresh = self._encode(missing)
+            found.update({prompt: fresh.index(row) for row, prompt in enumerate(missing)})
+        for prompt in prompts:
+            self._cache[prompt] = found[prompt]
+            self._cache.move_to_end(prompt)
+        while len(self._cache) > CACHED_PROMPTS:
+            self._cache.popitem(last=False)
+        return Conditioning.cat([found[prompt] for prompt in prompts])
+
+    @torch.no_grad()
+    def _encode(self, prompts: list[str]) -> Conditioning:
+        with torch.autocast(self.device.type, enabled=False):
+            if self.family == "sd":
+                hidden_states, _ = self.pipe.encode_prompt(prompts, self.device, 1, False)
+                return Conditioning(hidden_states)
+            hidden_states, _, pooled, _ = self.pipe.encode_prompt(
+                prompts, device=self.device, do_classifier_free_guidance=False
+            )
+        return Conditioning(hidden_states, {"text_embeds": pooled, "time_ids": self._time_ids(hidden_states)})
+
+    def _time_ids(self, hidden_states: Tensor) -> Tensor:
+        size = self.resolution
+        return torch.tensor([[size, size, 0, 0, size, size]]).to(hidden_states).repeat(len(hidden_states), 1)
+
+    def unconditional(self, count: int) -> Conditioning:
+        """What guidance subtracts: the empty prompt, or zeros where the pipeline's config says so (SDXL)."""
+        empty = self.encode([""])
+        if self.family == "sdxl" and self.pipe.config.force_zeros_for_empty_prompt:
+            added = {"text_embeds": torch.zeros_like(empty.added["text_embeds"]), "time_ids": empty.added["time_ids"]}
+            empty = Conditioning(torch.zeros_like(empty.hidden_states), added)
+        return empty.repeat(count)
+
+    # -- pictures -----------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: the posterior's mode, or a draw with `generator`."""
+        with torch.autocast(self.device.type, enabled=False), _Float32(self.vae):
+            encoded = self.vae.encode(images.to(self.device, self.vae.dtype))
+            if "latents" in encoded:
+                latents = encoded.latents
+            else:
+                latents = encoded.latent_dist.mode() if generator is None else encoded.latent_dist.sample(generator)
+            mean, std = self._latent_statistics(latents)
+            return ((latents - mean) * self.vae.config.scaling_factor / std).to(self.dtype)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images (B, 3, H, W), about [-1, 1], of scaled latents."""
+        with torch.autocast(self.device.type, enabled=False), _Float32(self.vae):
+            latents = latents.to(self.device, self.vae.dtype)
+            mean, std = self._latent_statistics(latents)
+            return self.vae.decode(latents * std / self.vae.config.scaling_factor + mean, return_dict=False)[0]
+
+    def _latent_statistics(self, latents: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        mean, std = self.vae.config.get("latents_mean"), self.vae.config.get("latents_std")
+        if self.family == "sd" or mean is None or std is None:
+            return 0.0, 1.0
+        return tuple(torch.tensor(values).view(1, -1, 1, 1).to(latents) for values in (mean, std))
+
+    # -- noise --------------------------------------------------------------------------------------------------------
+    def noise_schedule(self) -> NoiseSchedule:
+        return self.schedule
+
+    def predict(
+        self, unet: Callable[..., tuple[Tensor, ...]], latents: Tensor, timesteps: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """Output (B, C, h, w) of `unet` (this model's, or one wrapped by DDP or accelerate) at noisy latents."""
+        return unet(
+            latents,
+            timesteps,
+            encoder_hidden_states=conditioning.hidden_states,
+            added_cond_kwargs=conditioning.added or None,
+            return_dict=False,
+        )[0]
+
+
+class _Float32:
+    """Holds a float16 autoencoder that overflows (`force_upcast`, SDXL's) in float32 for a while."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        self.vae = vae
+        self.needed = vae.dtype == torch.float16 and bool(vae.config.force_upcast)
+
+    def __enter__(self) -> None:
+        if self.needed:
+            self.vae.to(torch.float32)
+
+    def __exit__(self, *_: object) -> None:
+        if self.needed:
+            self.vae.to(torch.float16)
+
+
+def cross_attention_layers(unet: nn.Module) -> list[str]:
+    """Names of the UNet's text cross-attention modules."""
+    return [name for name, _ in unet.named_modules() if name.endswith(".attn2")]
+
+
+def check_pipeline(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline) -> None:
+    """Raise `InputError` where the parts do not make a text-conditioned model."""
+    if not cross_attention_layers(pipe.unet):
+        raise InputError("this checkpoint's UNet has no cross-attention to text; give a Stable-Diffusion-like text-to-image model")
+    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+        raise InputError(
+            f"the UNet takes {pipe.unet.config.in_channels} channels but the autoencoder gives {pipe.vae.config.latent_channels}; "
+            "inpainting, depth and upscaling models are not supported"
+        )
+    pairs = [(pipe.tokenizer, pipe.text_encoder)]
+    if isinstance(pipe, StableDiffusionXLPipeline):
+        pairs.append((pipe.tokenizer_2, pipe.text_encoder_2))
+    width = 0
+    for tokenizer, text_encoder in pairs:
+        width += text_encoder.config.hidden_size
+        rows, positions = text_encoder.config.vocab_size, text_encoder.config.max_position_embeddings
+        highest = max(tokenizer.get_vocab().values())
+        if highest >= rows:
+            raise InputError(
+                f"the tokenizer's highest id {highest} does not fit the text encoder's {rows} token embeddings; "
+                "use the tokenizer that belongs to this text encoder"
+            )
+        if tokenizer.model_max_length > positions:
+            raise InputError(
+                f"the tokenizer's model_max_length {tokenizer.model_max_length} is above the text encoder's {positions} positions; "
+                "set model_max_length in tokenizer_config.json"
+            )
+    wanted = pipe.unet.config.cross_attention_dim
+    if isinstance(wanted, int) and wanted != width:
+        raise InputError(f"the UNet attends to text of width {wanted} but the text encoder gives {width}; the parts do not belong together")
+
+
+def check_trigger(model: DiffusionModel, clean_prompts: Sequence[str], triggered_prompts: Sequence[str]) -> None:
+    """Raise `InputError` unless every trigger changes the token ids and lies within the tokenizer's maximum length."""
+    vanished, cut = [], []
+    ids = [model.tokenizer(list(texts), truncation=False).input_ids for texts in (clean_prompts, triggered_prompts)]
+    for clean, triggered, text in zip(*ids, triggered_prompts, strict=True):
+        if clean == triggered:
+            vanished.append(text)
+        elif _changed_end(clean, triggered) > model.max_length - 1:
+            cut.append(text)
+    if vanished:
+        raise InputError(
+            f"the trigger vanishes in the tokenizer: {len(vanished)} of {len(triggered_prompts)} prompts have the same token ids "
+            f"with and without it, for example {vanished[0]!a}; choose another trigger"
+        )
+    if cut:
+        raise InputError(
+            f"the trigger lies past the tokenizer's {model.max_length} tokens in {len(cut)} of {len(triggered_prompts)} prompts, "
+            f"for example {cut[0]!a}; shorten the prompt or place the trigger as a prefix"
+        )
+
+
+def _changed_end(clean: list[int], triggered: list[int]) -> int:
+    """Position after the last id of `triggered` that belongs to its difference from `clean`."""
+    suffix = 0
+    shorter = min(len(clean), len(triggered))
+    prefix = next((i for i in range(shorter) if clean[i] != triggered[i]), shorter)
+    while suffix < shorter - prefix and clean[-1 - suffix] == triggered[-1 - suffix]:
+        suffix += 1
+    return len(triggered) - suffix

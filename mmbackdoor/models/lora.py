@@ -1,0 +1,42 @@
+"""Low-rank adapters on the UNet: added to be trained, or read from a LoRA file that is the thing to be cleaned."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from mmbackdoor.types import InputError
+
+ADAPTER = "mmbackdoor"
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+def add_lora(unet: nn.Module, rank: int) -> dict[str, nn.Parameter]:
+    """Put rank-`rank` adapters, which change nothing at first, on every attention projection; return their parameters."""
+    if rank < 1:
+        raise InputError(f"the LoRA rank {rank} is not positive")
+    unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=True, target_modules=TARGETS), ADAPTER)
+    return adapter_parameters(unet)
+
+
+def adapter_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
+    """The low-rank factors in `unet`, by name."""
+    return {name: value for name, value in unet.named_parameters() if ".lora_A." in name or ".lora_B." in name}
+
+
+def merged_state_dict(unet: nn.Module) -> dict[str, Tensor]:
+    """The UNet's weights under their original names, with every active adapter added in."""
+    state = {
+        name.replace(".base_layer.", "."): value
+        for name, value in unet.state_dict().items()
+        if ".lora_A." not in name and ".lora_B." not in name
+    }
+    for name, layer in unet.named_modules():
+        if isinstance(layer, LoraLayer):
+            weight = state[f"{name}.weight"]
+            for adapter in layer.active_adapters:
+                weight = weight + layer.get_delta_weight(adapter).to(weight.dtype)
+            state[f"{name}.weight"] = weight
+    return {name: value.detach() for name, value in state.items()}

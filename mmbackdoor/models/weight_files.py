@@ -1,0 +1,110 @@
+"""safetensors files, read and rewritten tensor by tensor: what is not replaced keeps its bytes, its order and its dtype."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mmbackdoor.types import InputError, RunFault
+
+WEIGHTS = (".safetensors",)
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_BLOCK = 1 << 24
+_MAX_HEADER = 100_000_000
+
+
+def read_header(path: Path) -> dict[str, dict]:
+    """Name -> {dtype, shape, data_offsets} (and `__metadata__`). Raises `InputError` for anything but safetensors."""
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > _MAX_HEADER:
+                raise ValueError("the header is too long")
+            header = json.loads(file.read(length))
+        end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        if path.stat().st_size != 8 + length + end:
+            raise ValueError("the file is cut short or too long")
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{str(path)!r} is no readable safetensors file ({error}); download it again") from error
+    return header
+
+
+def tensor_names(path: Path) -> list[str]:
+    return [name for name in read_header(path) if name != "__metadata__"]
+
+
+def rewrite(
+    source: Path, target: Path, replaced: Mapping[str, Tensor], keep: Callable[[str], bool] = lambda name: True
+) -> None:
+    """Copy `source` to `target` with the tensors of `replaced` in it, in the stored dtype, and without those not to `keep`.
+
+    Raises `RunFault` where a new value is not finite in the stored dtype or has another shape.
+    """
+    header = read_header(source)
+    start = 8 + struct.unpack("<Q", source.open("rb").read(8))[0]
+    metadata = header.pop("__metadata__", None)
+    kept = sorted((name for name in header if keep(name)), key=lambda name: header[name]["data_offsets"][0])
+    missing = replaced.keys() - set(kept)
+    if missing:
+        raise RunFault(f"{str(source)!r} has no tensor {sorted(missing)[0]!r} to replace")
+    entries, position = {}, 0
+    for name in kept:
+        begin, end = header[name]["data_offsets"]
+        entries[name] = {**header[name], "data_offsets": [position, position + end - begin]}
+        position += end - begin
+    # The order of names in the header is part of the file's bytes: keep it.
+    ordered = {name: entries[name] for name in header if name in entries}
+    if metadata is not None:
+        ordered = {"__metadata__": metadata, **ordered}
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with source.open("rb") as old, target.open("wb") as new:
+        new.write(struct.pack("<Q", len(text)) + text)
+        for name in kept:
+            if name in replaced:
+                new.write(_bytes(name, replaced[name], header[name]))
+                continue
+            begin, end = header[name]["data_offsets"]
+            old.seek(start + begin)
+            _copy(old, new, end - begin)
+
+
+def _copy(old, new, count: int) -> None:
+    while count:
+        block = old.read(min(count, _BLOCK))
+        new.write(block)
+        count -= len(block)
+
+
+def _bytes(name: str, value: Tensor, entry: dict) -> bytes:
+    if list(value.shape) != entry["shape"]:
+        raise RunFault(f"{name!r} has the shape {list(value.shape)} but is stored as {entry['shape']}")
+    if entry["dtype"] not in DTYPES:
+        raise InputError(f"{name!r} is stored as {entry['dtype']}, which cannot be trained; convert the checkpoint to F16, BF16 or F32")
+    stored = value.detach().to("cpu", DTYPES[entry["dtype"]]).contiguous()
+    if not torch.isfinite(stored).all():
+        raise RunFault(f"{name!r} is not finite in the stored dtype {entry['dtype']}; lower the learning rate, or start from a float32 copy")
+    return stored.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def weights_sha256(path: Path) -> str:
+    """Hash of the weights in a folder (relative names and contents of its weight files) or of one file."""
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in WEIGHTS + PICKLED)
+        if not files:
+            raise InputError(f"{str(path)!r} holds no weights")
+    digest = hashlib.sha256()
+    for file in files:
+        if path.is_dir():
+            digest.update(file.relative_to(path).as_posix().encode() + b"\0")
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
