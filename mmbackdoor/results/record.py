@@ -5,6 +5,7 @@ Files are always rewritten to a temporary name and renamed, so a reader never se
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterable
@@ -91,7 +92,8 @@ Line = TypeVar("Line")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `path` through a temporary name beside it. Raises `InputError` where the place is not writable."""
+    """Write `path` through a temporary name beside it. Raises `InputError` where the place is not
+    writable and `RunFault` where the disk is full or broken."""
     part = path.with_name(path.name + ".part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,9 +105,9 @@ def write_text(path: Path, text: str) -> None:
     except OSError as error:
         if part.parent.is_dir():
             part.unlink(missing_ok=True)
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError):
-            raise InputError(f"cannot write {str(path)!r} ({error.strerror}); choose a writable --output_dir") from error
-        raise RunFault(f"writing {str(path)!r} failed ({error.strerror}); make room and start again") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise RunFault(f"writing {str(path)!r} failed ({error.strerror}); make room and start again") from error
+        raise InputError(f"cannot write {str(path)!r} ({error.strerror}); choose a writable --output_dir") from error
 
 
 def to_line(record: Record) -> str:
