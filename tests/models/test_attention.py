@@ -278,6 +278,31 @@ def test_teacher_and_student_recordings_do_not_mix():
             assert alone[name] is kept[name] and not torch.equal(other[name], kept[name])
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_teacher_in_the_same_module_keeps_its_own_weights(autocast):
+    """A frozen start that is put in the UNet's place for one call, with one recorder for both."""
+    unet = tiny_unet()
+    start = {name: p.detach().clone() for name, p in unet.named_parameters() if "attn2.to_k" in name}
+
+    def precision() -> torch.autocast:  # one context a training step: it caches casts of the weights
+        return torch.autocast("cpu", torch.bfloat16, enabled=autocast)
+
+    with AttentionRecorder(unet) as recorder:
+        with precision(), torch.no_grad(), recorder.recording() as before:
+            unet(*inputs())
+        with torch.no_grad():
+            for name in start:
+                unet.get_parameter(name).mul_(-2)
+        with precision():
+            with torch.no_grad(), recorder.recording() as teacher:
+                torch.func.functional_call(unet, start, inputs())
+            with recorder.recording() as student:
+                unet(*inputs())
+    for name in recorder.layers:
+        torch.testing.assert_close(teacher[name], before[name])
+        assert (student[name] - teacher[name]).abs().max() > 1e-2 and student[name].requires_grad
+
+
 def test_nothing_is_recorded_or_held_outside_a_recording():
     unet = tiny_unet()
     with AttentionRecorder(unet) as recorder, torch.no_grad():
