@@ -1,0 +1,292 @@
+"""Webdataset shards in: which files a `--train_data` means, and the samples of a shard, whoever made it."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import json
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from mmbackdoor.shards.bad import BadSample, BadSamples
+from mmbackdoor.shards.decode import IMAGE_FORMATS, PICKLED, SIZE_LIMITS, decode_sample
+from mmbackdoor.shards.tar import Damage, GzipFile, PlainFile, members, open_source
+from mmbackdoor.types import InputError, Sample
+
+SUFFIXES = (".tar", ".tar.gz", ".tgz")
+SIZES_FILE = "sizes.json"
+MAX_SHARDS = 1_000_000
+SCAN_BYTES = 256 << 20
+INDEX_BYTES = 256 << 20
+INDEX_ENTRIES = 400_000
+
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+
+
+class Entry:
+    """One sample of a shard, not yet decoded: `parts` maps extensions to bytes, or to (offset, size) in `source`."""
+
+    __slots__ = ("key", "parts", "source")
+
+    def __init__(self, key: str, parts: dict[str, bytes | tuple[int, int]], source: PlainFile | GzipFile) -> None:
+        self.key, self.parts, self.source = key, parts, source
+
+    def read(self) -> dict[str, bytes]:
+        """The members' bytes. Raises `BadSample` where the file has become shorter since it was scanned."""
+        parts = {}
+        for extension, part in self.parts.items():
+            data = part if isinstance(part, bytes) else self.source.read_at(*part)
+            if not isinstance(part, bytes) and len(data) < part[1]:
+                raise BadSample("unreadable", "the file became shorter while it was read")
+            parts[extension] = data
+        return parts
+
+    def decode(self, require_text: bool = True) -> Sample:
+        """Raises `BadSample`."""
+        try:
+            return decode_sample(self.key, self.read(), require_text)
+        except OSError as error:
+            raise BadSample("unreadable", error.strerror or str(error)) from None
+
+
+def _braces(text: str) -> Iterator[str]:
+    opening = text.find("{")
+    closing = text.find("}", opening)
+    if opening < 0 or closing < 0:
+        yield text
+        return
+    head, inside, tail = text[:opening], text[opening + 1 : closing], text[closing + 1 :]
+    span = _RANGE.fullmatch(inside)
+    if span:
+        first, last = span.groups()
+        if abs(int(last) - int(first)) >= MAX_SHARDS:
+            raise InputError(f"{text!r} means more than {MAX_SHARDS} shards; check the numbers in braces")
+        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+        options = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+    else:
+        options = inside.split(",")
+    for option, rest in itertools.product(options, list(_braces(tail))):
+        yield head + option + rest
+
+
+def _in_folder(folder: Path) -> list[str]:
+    found = sorted(str(file) for file in folder.iterdir() if file.name.endswith(SUFFIXES))
+    sets = sorted({re.sub(r"[-_]?\d*\.(tar|tar\.gz|tgz)$", "", os.path.basename(file)) for file in found})
+    if not found:
+        raise InputError(f"the folder {str(folder)!r} holds no .tar or .tar.gz shards")
+    if len(sets) > 1:
+        raise InputError(
+            f"the folder {str(folder)!r} holds several shard sets ({', '.join(sets[:6])}); "
+            f"name one, for instance '{folder}/{sets[-1]}-*.tar'"
+        )
+    return found
+
+
+def _expand_one(spec: str) -> list[str]:
+    scheme = re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", spec)
+    if spec.startswith("pipe:") or (scheme and not os.path.exists(spec)):
+        raise InputError(f"{spec!r} is no local file; shards are read from local files only, so copy them here first")
+    if os.path.isdir(spec):
+        return _in_folder(Path(spec))
+    paths = []
+    for name in [spec] if os.path.exists(spec) else list(itertools.islice(_braces(spec), MAX_SHARDS)):
+        if os.path.exists(name) or not glob.has_magic(name):
+            paths.append(name)
+            continue
+        found = sorted(glob.glob(name))
+        if not found:
+            raise InputError(f"no file matches {name!r}; check the path of the shards")
+        paths += found
+    missing = [path for path in paths if not os.path.isfile(path)]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of {len(paths)} shards of {spec!r} do not exist, the first is {missing[0]!r}; check the path"
+        )
+    return paths
+
+
+def expand(spec: str | Path | Sequence[str | Path]) -> list[str]:
+    """The shard files that `spec` means: a file, a folder (all its shards), braces `{000..099}`, globs, `a::b`.
+
+    Raises `InputError` for missing files, URLs, `pipe:` and folders with more than one shard set.
+    """
+    specs = [spec] if isinstance(spec, (str, Path)) else list(spec)
+    paths = [path for each in specs for part in str(each).split("::") for path in _expand_one(part)]
+    if not paths:
+        raise InputError("no shards were given; pass a file, a folder or a pattern such as 'train-{000000..000009}.tar'")
+    if len(paths) > MAX_SHARDS:
+        raise InputError(f"{spec!r} means more than {MAX_SHARDS} shards; check the numbers in braces")
+    return paths
+
+
+def _key_and_extension(name: bytes) -> tuple[str, str] | None:
+    """`None` for names that belong to no sample (`.hidden`, `__meta__`, no extension). Raises `BadSample`."""
+    try:
+        text = name.decode("utf-8")
+    except UnicodeDecodeError:
+        raise BadSample("unsafe_name") from None
+    match = _NAME.fullmatch(text.removeprefix("./"))
+    if ".." in text.split("/") or text.startswith("/") or "\\" in text or not text.isprintable() or len(text) > 1024:
+        raise BadSample("unsafe_name")
+    if match is None or match[1].rsplit("/", 1)[-1].startswith("__"):
+        return None
+    return match[1], match[2].lower()
+
+
+def entries(path: str, report: BadSamples) -> Iterator[Entry]:
+    """The samples of a shard in file order, judged by tar headers alone; problems are counted in `report`."""
+    seen: set[str] = set()
+    key: str | None = None
+    parts: dict[str, bytes | tuple[int, int]] = {}
+    fault: tuple[str, str] | None = None
+    source: PlainFile | GzipFile | None = None
+
+    def finished() -> Entry | None:
+        if key is None or not (parts or fault):
+            return None
+        images = sum(extension in IMAGE_FORMATS for extension in parts)
+        if key in seen:
+            problem = ("duplicate_key", "")
+        elif fault:
+            problem = fault
+        elif images != 1:
+            problem = ("several_images" if images else "missing_image", "")
+        elif parts.keys() <= IMAGE_FORMATS.keys():
+            problem = ("missing_caption", "")
+        else:
+            problem = None
+        seen.add(key)
+        if problem:
+            report.add(problem[0], path, key, problem[1])
+            return None
+        return Entry(key, parts, source)
+
+    try:
+        source = open_source(path)
+        for member in members(source):
+            if not member.plain:
+                if not member.folder:
+                    report.add("not_a_file", path, member.name.decode("utf-8", "replace"))
+                continue
+            try:
+                name = _key_and_extension(member.name)
+            except BadSample as bad:
+                stem = member.name.decode("utf-8", "replace").rpartition(".")[0]
+                report.add(bad.kind, path, stem[:200])
+                continue
+            if name is None or name[1] not in SIZE_LIMITS:
+                if name and name[1].rpartition(".")[2] in PICKLED:
+                    report.add("pickled_member", path, name[0], f".{name[1]}")
+                continue
+            if name[0] != key or name[1] in parts:
+                entry = finished()
+                if entry:
+                    yield entry
+                key, parts, fault = name[0], {}, None
+            extension = name[1]
+            if not 0 < member.size <= SIZE_LIMITS[extension]:
+                large = "long_caption" if extension == "txt" else "bad_class" if extension == "cls" else "large_member"
+                kind = large if member.size else "missing_caption" if extension == "txt" else "empty_member"
+                fault = fault or (kind, f".{extension} of {member.size} bytes")
+                continue
+            if source.random_access:
+                parts[extension] = (member.offset, member.size)
+            else:
+                data = source.read_at(member.offset, member.size)
+                if len(data) < member.size:
+                    raise Damage("truncated_tar", "", member.name)
+                parts[extension] = data
+    except Damage as damage:
+        report.add(damage.kind, path, "", damage.detail)
+        # The last sample may lack a member (its JSON, say) unless the cut lies in another sample's data.
+        stem = damage.member.rpartition(b".")[0].decode("utf-8", "replace") if damage.member else key
+        if stem == key and not damage.between:
+            key = None
+    except OSError as error:
+        report.add("unreadable", path, "", error.strerror or str(error))
+    entry = finished()
+    if entry:
+        yield entry
+
+
+class ShardIndex:
+    """Remembers the entries of small shards, so that reading from their middle costs nothing."""
+
+    def __init__(self) -> None:
+        self._known: OrderedDict[str, list[Entry]] = OrderedDict()
+        self._held = 0
+
+    def entries(self, path: str, report: BadSamples, start: int = 0) -> Iterator[Entry]:
+        """The entries of a shard from number `start` on."""
+        if path in self._known:
+            self._known.move_to_end(path)
+            return itertools.islice(self._known[path], start, None)
+        if os.path.getsize(path) > INDEX_BYTES or not _random_access(path):
+            return itertools.islice(entries(path, report), start, None)
+        found = list(entries(path, report))
+        self._known[path] = found
+        self._held += len(found)
+        while self._held > INDEX_ENTRIES and len(self._known) > 1:
+            self._held -= len(self._known.popitem(last=False)[1])
+        return itertools.islice(found, start, None)
+
+
+def _random_access(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) != b"\x1f\x8b"
+
+
+def read_sizes(folder: str | Path) -> dict[str, int]:
+    """`sizes.json` of a folder of shards: file name -> number of samples; empty where there is none."""
+    file = Path(folder) / SIZES_FILE
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text("utf-8")) if file.stat().st_size <= 256 << 20 else None
+    except (OSError, ValueError, RecursionError):
+        content = None
+    good = isinstance(content, dict) and all(type(size) is int and size >= 0 for size in content.values())
+    if not good:
+        raise InputError(f"{str(file)!r} is no map of shard names to numbers of samples; remove it or write it anew")
+    return content
+
+
+def shard_sizes(paths: Sequence[str], report: BadSamples, exact: bool = False, index: ShardIndex | None = None) -> list[int]:
+    """The number of samples of each shard: counted where that is cheap or `exact`, else from `sizes.json`.
+
+    A shard that `sizes.json` lacks is counted. A count that differs from `sizes.json` is put in `report`.
+    """
+    index = index or ShardIndex()
+    known = {folder: read_sizes(folder) for folder in {os.path.dirname(path) or "." for path in paths}}
+    count_all = exact or sum(os.path.getsize(path) for path in paths) <= SCAN_BYTES
+    sizes = []
+    for path in paths:
+        stated = known[os.path.dirname(path) or "."].get(os.path.basename(path))
+        if stated is None or count_all:
+            size = sum(1 for _ in index.entries(path, report))
+            if stated is not None and stated != size:
+                report.add("wrong_size", path, "", f"{stated} stated, {size} found")
+            stated = size
+        sizes.append(stated)
+    return sizes
+
+
+def iterate_shard(path: str, report: BadSamples, require_text: bool = True) -> Iterator[Sample]:
+    """The good samples of one shard in file order; every problem is skipped and counted in `report`."""
+    for entry in entries(path, report):
+        try:
+            yield entry.decode(require_text)
+        except BadSample as bad:
+            report.add(bad.kind, path, entry.key, bad.detail)
+
+
+def iterate_keys(spec: str | Path | Sequence[str | Path]) -> Iterator[str]:
+    """The keys of all samples, from the tar headers alone: what `PoisonPlan.choose` wants."""
+    report = BadSamples()
+    for path in expand(spec):
+        for entry in entries(path, report):
+            yield entry.key

@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from mmbackdoor.shards.bad import BadSamples
+from mmbackdoor.shards.loader import Indexed, ShardLoader
+from mmbackdoor.shards.read import expand, iterate_shard
+from mmbackdoor.types import InputError, RunFault
+from tests.shards.samples import good, tar_bytes, write_set
+
+
+def batches(spec, steps: int | None, *, world_size: int = 1, batch_size: int = 12, **options) -> list[list]:
+    """Global batches as lists of (index, key), put together from all ranks."""
+    ranks = [
+        ShardLoader(spec, batch_size=batch_size // world_size, rank=rank, world_size=world_size, seed=3, **options)
+        for rank in range(world_size)
+    ]
+    found = []
+    for parts in zip(*(itertools.islice(loader, steps) for loader in ranks), strict=True):
+        found.append(sorted((indexed.index, indexed.sample.key) for part in parts for indexed in part))
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "num_workers"), [(2, 0), (3, 0), (4, 0), (1, 2), (2, 2)])
+def test_global_batches_are_the_same_for_every_number_of_readers(hundred, world_size, num_workers):
+    expected = batches(hundred, 20)
+    assert [len(batch) for batch in expected] == [12] * 20
+    assert batches(hundred, 20, world_size=world_size, num_workers=num_workers) == expected
+
+
+def test_every_rank_has_the_same_number_of_samples_in_every_step(hundred):
+    for rank in range(4):
+        loader = ShardLoader(hundred, seed=0, batch_size=5, rank=rank, world_size=4)
+        assert all(len(part) == 5 for part in itertools.islice(loader, 13))
+
+
+def test_every_sample_comes_at_least_once_an_epoch_and_repeats_are_counted(hundred):
+    loader = ShardLoader(hundred, seed=1, batch_size=8, epochs=3)
+    per_epoch = loader.steps_per_epoch
+    assert (loader.num_samples, per_epoch, loader.repeats_per_epoch) == (101, 13, 3)
+    keys = [[indexed.sample.key for indexed in batch] for batch in loader]
+    assert len(keys) == 3 * per_epoch
+    epochs = [list(itertools.chain(*keys[epoch * per_epoch : (epoch + 1) * per_epoch])) for epoch in range(3)]
+    for epoch in epochs:
+        counts = Counter(epoch)
+        assert len(counts) == 101 and sum(counts.values()) - 101 == loader.repeats_per_epoch
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_drop_last_leaves_the_incomplete_batch_out(hundred):
+    loader = ShardLoader(hundred, seed=1, batch_size=8, drop_last=True, epochs=1)
+    keys = [indexed.sample.key for batch in loader for indexed in batch]
+    assert len(keys) == len(set(keys)) == 96 and loader.repeats_per_epoch == 0
+    with pytest.raises(InputError, match="--drop_last"):
+        ShardLoader(hundred, seed=1, batch_size=102, drop_last=True)
+
+
+@pytest.mark.parametrize("start", [1, 5, 8, 9, 10, 17, 30])
+@pytest.mark.parametrize("options", [{}, {"num_workers": 2}, {"cache_decoded": True}], ids=str)
+def test_starting_at_a_step_equals_having_iterated_to_it(hundred, start, options):
+    assert batches(hundred, 6, start_step=start, **options) == batches(hundred, start + 6)[start:]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_gives_each_sample_exactly_once(hundred, world_size):
+    found = batches(hundred, None, world_size=world_size, once=True)
+    assert len(found) == 9 and len(found[-1]) == 101 - 96
+    keys = [key for batch in found for _, key in batch]
+    assert len(keys) == 101 == len(set(keys))
+
+
+def test_fewer_samples_than_streams_or_than_one_batch(tmp_path):
+    write_set(tmp_path, 5, 2)
+    assert [len(batch) for batch in batches(tmp_path, 4)] == [12] * 4
+    assert {key for _, key in batches(tmp_path, 1)[0]} == {f"k{number:05d}" for number in range(5)}
+    once = batches(tmp_path, None, world_size=2, once=True)
+    assert len(once) == 1 and len(once[0]) == 5
+
+
+def test_shuffling_mixes_and_depends_on_the_seed(hundred):
+    first, second = ([i.sample.meta["n"] for i in next(iter(ShardLoader(hundred, seed=s, batch_size=101)))] for s in (0, 1))
+    assert first != second and sorted(first) == sorted(second) == list(range(101))
+    assert sum(abs(a - b) == 1 for a, b in itertools.pairwise(first)) < 20
+
+
+def test_steps_are_numbered_and_transform_runs_where_the_sample_is_read(hundred):
+    def stamp(indexed: Indexed):
+        return indexed._replace(sample=(indexed.sample.meta["n"], os.getpid()))
+
+    loader = ShardLoader(hundred, seed=0, batch_size=4, start_step=7, num_workers=1, transform=stamp)
+    first = next(iter(loader))
+    assert [indexed.step for indexed in first] == [7] * 4
+    assert all(indexed.sample[1] != os.getpid() for indexed in first)
+
+
+def test_the_cache_gives_the_same_pictures(hundred):
+    def pixels(**options):
+        loader = ShardLoader(hundred, seed=0, batch_size=101, epochs=3, **options)
+        return [[indexed.sample.image.tobytes() for indexed in batch] for batch in loader]
+
+    assert pixels(cache_decoded=True) == pixels()
+
+
+@pytest.fixture
+def damaged(tmp_path: Path) -> Path:
+    """Six shards of ten; every fourth picture of four of them is broken, one is broken throughout, one is cut."""
+    for shard in range(6):
+        files = [part for number in range(10) for part in good(f"s{shard}-{number}")]
+        for place in range(0, len(files), 3 if shard == 4 else 12):
+            if shard != 5:
+                files[place] = (files[place][0], b"no picture")
+        data = tar_bytes(files)
+        (tmp_path / f"bad-{shard:06d}.tar").write_bytes(data if shard != 5 else data[: 3 * 3 * 1024 + 600])
+    (tmp_path / "sizes.json").write_text(json.dumps({f"bad-{shard:06d}.tar": 10 for shard in range(6)}))
+    return tmp_path
+
+
+@pytest.mark.parametrize("trust_sizes", [False, True])
+def test_bad_samples_keep_the_order_contract(damaged, monkeypatch, trust_sizes):
+    if trust_sizes:
+        monkeypatch.setattr("mmbackdoor.shards.read.SCAN_BYTES", 0)
+    usable = {s.key for path in expand(damaged) for s in iterate_shard(path, BadSamples())}
+    expected = batches(damaged, 12)
+    assert all(len(batch) == 12 for batch in expected)
+    assert {key for batch in expected for _, key in batch} == usable
+    assert batches(damaged, 12, world_size=2, num_workers=2) == expected
+    for start in range(12):
+        assert batches(damaged, 3, start_step=start) == (expected + batches(damaged, 15)[12:])[start : start + 3]
+    once = [key for batch in batches(damaged, None, once=True) for _, key in batch]
+    assert sorted(once) == sorted(usable)
+
+
+def test_problems_reach_the_report_once_from_workers_too(damaged):
+    for workers in (0, 2):
+        loader = ShardLoader(damaged, seed=0, batch_size=6, epochs=3, num_workers=workers)
+        for _ in loader:
+            pass
+        assert loader.report.counts == {"undecodable_image": 4 * 3 + 10, "truncated_tar": 1, "wrong_size": 1}
+
+
+def test_too_many_bad_samples_stop_the_run(damaged):
+    for workers in (0, 1):
+        with pytest.raises(RunFault, match="--max_bad_samples 5"):
+            for _ in ShardLoader(damaged, seed=0, batch_size=6, num_workers=workers, max_bad_samples=5):
+                pass
+
+
+def test_shards_without_a_good_sample_end_in_a_sentence(tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"")
+    with pytest.raises(InputError, match="no usable sample"):
+        ShardLoader(tmp_path, seed=0, batch_size=1)
+    (tmp_path / "a.tar").write_bytes(tar_bytes([("x.png", b"no"), ("x.txt", b"text")]))
+    for workers in (0, 1):
+        with pytest.raises(RunFault, match="none of the 1 samples"):
+            next(iter(ShardLoader(tmp_path, seed=0, batch_size=1, num_workers=workers)))
+
+
+def test_readers_that_cannot_share_the_streams_are_an_input_error(hundred):
+    with pytest.raises(InputError, match="use 50 streams"):
+        ShardLoader(hundred, seed=0, batch_size=1, world_size=5)
+    with pytest.raises(InputError, match="lower --dataloader_num_workers to 24"):
+        ShardLoader(hundred, seed=0, batch_size=1, world_size=2, num_workers=25)
+
+
+def test_order_names_what_the_batches_depend_on(hundred, tmp_path):
+    first = ShardLoader(hundred, seed=0, batch_size=4, world_size=1).order()
+    assert first == ShardLoader(hundred, seed=0, batch_size=2, world_size=2, num_workers=2).order()
+    assert first != ShardLoader(hundred, seed=1, batch_size=4).order()
+    write_set(tmp_path, 101, 10)
+    assert first != ShardLoader(tmp_path, seed=0, batch_size=4).order()
+    json.dumps(first)
+
+
+def test_gzipped_shards_give_the_same_order(hundred, tmp_path):
+    import gzip
+
+    for path in expand(hundred):
+        (tmp_path / (Path(path).name + ".gz")).write_bytes(gzip.compress(Path(path).read_bytes()))
+    assert batches(tmp_path, 12, start_step=4) == batches(hundred, 12, start_step=4)
+
+
+def test_no_global_generator_is_touched(hundred):
+    import torch
+
+    torch.manual_seed(0)
+    random.seed(0)
+    before = torch.get_rng_state(), random.getstate()
+    next(iter(ShardLoader(hundred, seed=0, batch_size=4, num_workers=1)))
+    assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
+
+
+def test_a_killed_worker_is_a_run_fault(hundred):
+    def die(indexed: Indexed):
+        if indexed.step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return indexed
+
+    with pytest.raises(RunFault, match="loader worker died"):
+        for _ in ShardLoader(hundred, seed=0, batch_size=4, num_workers=1, transform=die):
+            pass
+
+
+def test_images_are_rgb(hundred):
+    sample = next(iter(ShardLoader(hundred, seed=0, batch_size=1)))[0].sample
+    assert isinstance(sample.image, Image.Image) and sample.image.mode == "RGB" and sample.text.startswith("caption")
