@@ -1,0 +1,221 @@
+"""CLIP models in open_clip's form: load any, build a tiny one, save so that stock open_clip reads it back.
+
+Everything that loads or builds a model returns it in evaluation mode. open_clip itself returns training mode, in which
+BatchNorm scores a picture by its neighbours: an attack of rate 1.0 then reads as 0.0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import CLIPTokenizer
+
+from mmbackdoor.models.clip_source import (
+    CONFIG_NAME,
+    TOKENIZER_FILES,
+    WEIGHTS_NAME,
+    ClipSource,
+    find_clip,
+    quiet,
+    read_weights,
+)
+from mmbackdoor.models.clip_hub import hub_folder
+from mmbackdoor.seeding import derive_seed
+from mmbackdoor.types import InputError
+
+TINY_PREPROCESSING = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
+SAVED_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
+
+
+@dataclass
+class ClipModel:
+    """An open_clip network with what belongs to it: its tokenizer, its preprocessing and its configuration.
+
+    `model_cfg` and `preprocess_cfg` are those of `open_clip_config.json`.
+    """
+
+    network: torch.nn.Module
+    tokenizer: HFTokenizer | SimpleTokenizer
+    model_cfg: dict[str, Any]
+    preprocess_cfg: dict[str, Any]
+    source: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.logit_scale.device
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Token ids, int64 (B, context_length), padded and cut as open_clip does; on the CPU."""
+        return self.tokenizer(list(texts))
+
+    def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pixels (B, 3, H, W) of RGB pictures, resized, cropped and normalised for this model; on the CPU."""
+        transform = image_transform_v2(PreprocessCfg(**self.preprocess_cfg), is_train=False)
+        return torch.stack([transform(image) for image in images])
+
+
+def _network(source: ClipSource, device: str | torch.device) -> torch.nn.Module:
+    with quiet():
+        return open_clip.create_model(
+            source.name,
+            load_weights=False,
+            pretrained_text=False,
+            device=device,
+            force_quick_gelu=source.quick_gelu,
+            force_preprocess_cfg=source.preprocess_cfg,
+        )
+
+
+def _tokenizer(text_cfg: dict[str, Any], folder: Path | None) -> HFTokenizer | SimpleTokenizer:
+    context_length = text_cfg.get("context_length", 77)
+    options = text_cfg.get("tokenizer_kwargs") or {}
+    name = text_cfg.get("hf_tokenizer_name")
+    if not name:
+        return SimpleTokenizer(context_length=context_length, **options)
+    if folder is None or not any(folder.glob("tokenizer*")):
+        folder = hub_folder(name, (*TOKENIZER_FILES, "config.json"))
+    return HFTokenizer(str(folder), context_length, tokenizer_mode=text_cfg.get("tokenizer_mode"), **options)
+
+
+def load_clip(
+    model: str, pretrained: str | None = None, device: str | torch.device = "cpu", *, allow_pt_weights: bool = False
+) -> ClipModel:
+    """Load a CLIP model, in evaluation mode.
+
+    `model` is a folder with `open_clip_config.json` (`PATH` or `local-dir:PATH`), a hub id (`hf-hub:OWNER/NAME`) or a
+    name that open_clip knows; with a name, `pretrained` is one of its tags or a weights file, and `None` means random
+    weights. Raises InputError: unknown name or tag, missing files, no network (within 10 seconds), pickled weights
+    without `allow_pt_weights`, weights that do not fit.
+    """
+    source = find_clip(model, pretrained, allow_pt_weights=allow_pt_weights)
+    network = _network(source, device)
+    if source.weights is not None:
+        read_weights(network, source.weights)
+    network.eval()
+    tokenizer = _tokenizer(source.model_cfg["text_cfg"], source.folder)
+    return ClipModel(network, tokenizer, source.model_cfg, dict(network.visual.preprocess_cfg), model)
+
+
+def build_tiny_clip(config: str, tokenizer: CLIPTokenizer, *, seed: int = 0, device: str = "cpu") -> ClipModel:
+    """A tiny CLIP with random weights drawn from `seed`: 32 px, 64 dimensions, an own vocabulary, evaluation mode.
+
+    `config` is `clip_tiny_resnet` (BatchNorm) or `clip_tiny_vit`. The end of text is found by its id: open_clip's
+    default pools at the highest id of a caption, whatever that is.
+    """
+    folder = resources.files("mmbackdoor.models") / "configs"
+    names = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.startswith("clip_tiny"))
+    if config not in names:
+        raise InputError(f"There is no tiny CLIP {config!r}: take one of {', '.join(names)}.")
+    model_cfg = json.loads((folder / f"{config}.json").read_text())
+    model_cfg["text_cfg"] |= {
+        "vocab_size": len(tokenizer),
+        # Beside this file are the tokenizer's own; open_clip reads them where this name is not empty.
+        "hf_tokenizer_name": "local-dir",
+        "pool_type": "eos",
+        "eos_id": tokenizer.eos_token_id,
+        "pad_id": tokenizer.pad_token_id,
+    }
+    with TemporaryDirectory() as folder:
+        _write_config(Path(folder), model_cfg, TINY_PREPROCESSING)
+        tokenizer.save_pretrained(folder)
+        source = find_clip(folder, None, weights_needed=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed(seed, "tiny CLIP", config))
+            network = _network(source, device).eval()
+        reloaded = _tokenizer(model_cfg["text_cfg"], Path(folder))
+    return ClipModel(network, reloaded, model_cfg, dict(network.visual.preprocess_cfg), config)
+
+
+def _write_config(folder: Path, model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any]) -> None:
+    kept = {name: preprocess_cfg[name] for name in SAVED_PREPROCESSING if name in preprocess_cfg}
+    content = {"model_cfg": model_cfg, "preprocess_cfg": kept}
+    (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def save_clip(model: ClipModel, folder: str | Path) -> None:
+    """Write `folder` so that `open_clip.create_model_and_transforms("local-dir:FOLDER")` and `get_tokenizer` read it.
+
+    Files that lie there already stay, those of the same name are replaced, the weights last.
+    """
+    folder = Path(folder)
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
+    save_file(state, part / WEIGHTS_NAME, metadata={"format": "pt"})
+    if isinstance(model.tokenizer, HFTokenizer):
+        model.tokenizer.save_pretrained(str(part))
+    _write_config(part, model.model_cfg, model.preprocess_cfg)
+    if not folder.exists():
+        part.rename(folder)
+        return
+    for file in sorted(part.iterdir(), key=lambda file: file.name == WEIGHTS_NAME):
+        os.replace(file, folder / file.name)
+    part.rmdir()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A CLIP that scores pictures and texts. Features are unit vectors (B, D), fp32, on its device, no gradient."""
+
+    clip: ClipModel
+    batch_size: int = 256
+
+    @property
+    def source(self) -> str:
+        return self.clip.source
+
+    @property
+    def logit_scale(self) -> float:
+        return self.clip.network.logit_scale.detach().exp().item()
+
+    @torch.no_grad()
+    def image_features(self, images: Tensor) -> Tensor:
+        """Features of `images` (B, 3, H, W) in [-1, 1], of any size, scored as the 8-bit pictures of files."""
+        values = images.detach().float().add(1).mul(127.5).round().clamp(0, 255).byte()
+        values = values.permute(0, 2, 3, 1).cpu().numpy()
+        parts = []
+        for start in range(0, len(values), self.batch_size):
+            pixels = self.clip.preprocess([Image.fromarray(value) for value in values[start : start + self.batch_size]])
+            parts.append(self.clip.network.encode_image(pixels.to(self.clip.device), normalize=True).float())
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def text_features(self, texts: Sequence[str]) -> Tensor:
+        """Features of `texts`, one row each."""
+        parts = []
+        for start in range(0, len(texts), self.batch_size):
+            ids = self.clip.tokenize(texts[start : start + self.batch_size])
+            parts.append(self.clip.network.encode_text(ids.to(self.clip.device), normalize=True).float())
+        return torch.cat(parts)
+
+
+def load_judge(
+    name_or_path: str,
+    pretrained: str | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    allow_pt_weights: bool = False,
+) -> Judge:
+    """The judge `name_or_path`, as `load_clip` reads it, but never with random weights. Raises InputError."""
+    if pretrained is None and name_or_path in open_clip.list_models() and not Path(name_or_path).is_dir():
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name_or_path)) or "none known"
+        raise InputError(
+            f"The judge {name_or_path!r} would have random weights: say which ones to take (tags: {tags}), or a file."
+        )
+    return Judge(load_clip(name_or_path, pretrained, device, allow_pt_weights=allow_pt_weights))
