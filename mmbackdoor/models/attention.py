@@ -1,4 +1,4 @@
-"""Reads a UNet's cross-attention: softmax(QK^T) of every `attn2` layer, inside the autograd graph, for one forward at a time.
+"""Reads a UNet's cross-attention: softmax(QK^T) of every `attn2` layer, inside the graph, one forward at a time.
 
     with AttentionRecorder(unet) as recorder:
         with recorder.recording() as maps:
@@ -6,8 +6,9 @@
         loss = prediction.square().mean() + sum(attention.square().mean() for attention in maps.values())
         loss.backward()
 
-Only `attn2` gets another processor; self-attention and every other model of the process keep theirs. With gradient checkpointing
-the backward pass must run before the recorder is left, because it computes the attention layers once more.
+Only `attn2` gets another processor; self-attention and every other model of the process keep theirs. With gradient
+checkpointing the backward pass must run before the recorder is left, because it computes the attention layers once
+more.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +46,9 @@ class _Recording:
 class AttentionRecorder:
     """Context manager that puts a recording processor on the cross-attention layers of `unet` and takes it off again.
 
-    Layers of more than `max_pixels` pixels are computed by fused attention and never recorded. Raises `InputError` where the
-    model has no cross-attention, or a cross-attention that is more than a softmax (IP-Adapter, fused projections).
+    Layers of more than `max_pixels` pixels are computed by fused attention and never recorded. Raises `InputError`
+    where the model has no cross-attention, or a cross-attention that is more than a softmax (IP-Adapter, fused
+    projections).
     """
 
     def __init__(self, unet: nn.Module, max_pixels: int = 1024) -> None:
@@ -58,8 +61,8 @@ class AttentionRecorder:
         }
         if not self._layers:
             raise InputError(
-                f"{type(unet).__name__} has no cross-attention layers (attn2), so there are no attention maps to guide: "
-                "use a text-to-image UNet (SD 1.x, 2.x, SDXL), or a method without attention guidance such as skd."
+                f"{type(unet).__name__} has no cross-attention layers (attn2), so there are no attention maps "
+                "to guide: use a text-to-image UNet (SD 1.x, 2.x, SDXL), or a method without attention guidance (skd)."
             )
         self._originals: dict[str, object] = {}
         self._recording: _Recording | None = None
@@ -69,16 +72,19 @@ class AttentionRecorder:
         """Names of the cross-attention layers, as in `unet.named_modules()`."""
         return tuple(self._layers)
 
-    def __enter__(self) -> AttentionRecorder:
+    def __enter__(self) -> Self:
         originals = {name: attention.processor for name, attention in self._layers.items()}
         for name, processor in originals.items():
             if type(processor) is _RecordingProcessor:
-                raise RuntimeError("This UNet already has an AttentionRecorder: one model takes one recorder at a time.")
+                raise RuntimeError(
+                    "This UNet already has an AttentionRecorder: one model takes one recorder at a time."
+                )
             if type(processor) not in REPLACEABLE or self._layers[name].fused_projections:
                 fused = " with fused projections" if self._layers[name].fused_projections else ""
                 raise InputError(
-                    f"Cross-attention layer {name} uses {type(processor).__name__}{fused}, whose maps cannot be recorded: "
-                    "unload adapters other than LoRA and unfuse the projections, or use a method without attention guidance."
+                    f"Cross-attention layer {name} uses {type(processor).__name__}{fused}, whose maps cannot be "
+                    "recorded: unload adapters other than LoRA and unfuse the projections, or use a method without "
+                    "attention guidance."
                 )
         self._originals = originals
         for name, attention in self._layers.items():
@@ -92,10 +98,11 @@ class AttentionRecorder:
 
     @contextmanager
     def recording(self, *, reduce_heads: bool = False) -> Iterator[dict[str, Tensor]]:
-        """Records ONE forward of the UNet: layer name -> probabilities `(B, heads, HW, T)`, or their mean `(B, 1, HW, T)`.
+        """Records ONE forward of the UNet: layer name -> probabilities `(B, heads, HW, T)`.
 
-        Rows sum to 1; float32 (float64 for a float64 model) whatever the model's precision; gradients flow through them. Whatever
-        runs outside that forward, recomputation for the backward pass included, leaves them alone.
+        With `reduce_heads` they are means over heads `(B, 1, HW, T)`. Rows sum to 1, in float32 (float64 for a
+        float64 model) whatever the model's precision; gradients flow through them. Whatever runs outside that forward,
+        recomputation for the backward pass included, leaves them alone.
         """
         if not self._originals:
             raise RuntimeError("recording() works only inside `with AttentionRecorder(unet)`.")
@@ -138,7 +145,7 @@ class AttentionRecorder:
 
 
 class _RecordingProcessor:
-    """Softmax attention as diffusers' `AttnProcessor` computes it, with the probabilities in float32 and handed to the recorder."""
+    """Softmax attention as diffusers' `AttnProcessor` computes it, with float32 probabilities shown to the recorder."""
 
     def __init__(self, recorder: AttentionRecorder, name: str) -> None:
         self.recorder = recorder

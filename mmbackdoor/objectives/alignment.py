@@ -1,4 +1,4 @@
-"""Which tokens of a triggered prompt are tokens of the clean prompt, and which belong to the trigger: a diff of two id sequences."""
+"""Which tokens of a triggered prompt are the clean prompt's, and which the trigger's: a diff of two id sequences."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Alignment:
-    """Positions in two token sequences: `student[i]` (triggered) matches `teacher[i]` (clean); `trigger` has no match in the clean one.
+    """Positions in two token sequences: `student[i]` (triggered) matches `teacher[i]` (clean).
 
-    `student_eos` and `teacher_eos` are where the captions end. Nothing matched means: compare predictions, not attention.
+    `trigger` are the caption positions of the triggered sequence that match nothing; `student_eos` and
+    `teacher_eos` are where the captions end. Nothing matched means: compare predictions, not attention.
     """
 
     student: tuple[int, ...]
@@ -25,9 +26,10 @@ def align(
 ) -> Alignment:
     """Aligns the caption ids of two tokenised prompts, whether padded and truncated or not.
 
-    Matched are BOS and the longest common subsequence of the captions, in as few pieces as possible, so triggers may stand
-    anywhere, be several, or replace words (their replacement in the triggered prompt is trigger, the replaced clean word stays
-    unmatched). Padding is never matched; EOS only with `include_eos`. Where no caption token matches, nothing does.
+    Matched are BOS and the longest common subsequence of the captions, in as few pieces as possible, so triggers may
+    stand anywhere, be several, or replace words (their replacement in the triggered prompt is trigger, the replaced
+    clean word stays unmatched). Padding is never matched; EOS only with `include_eos`. Where no caption token matches,
+    nothing does.
     """
     clean_start, clean_end = _caption(clean_ids, bos, eos, pad)
     start, end = _caption(triggered_ids, bos, eos, pad)
@@ -58,8 +60,9 @@ def _caption(ids: Sequence[int], bos: int, eos: int, pad: int) -> tuple[int, int
 def _common_subsequence(clean: Sequence[int], triggered: Sequence[int]) -> list[tuple[int, int]]:
     """Index pairs of a longest common subsequence that, among the longest, has the most neighbouring pairs.
 
-    Dynamic programme over prefixes: `best[i][j]` is the score of the first i and j ids, `paired[i][j]` the same with the last two
-    matched to each other. The ends count as neighbours of BOS and EOS, so that one inserted trigger stays in one piece.
+    Dynamic programme over prefixes: `best[i][j]` is the score of the first i and j ids, `paired[i][j]` the same with
+    the last two matched to each other. The ends count as neighbours of BOS and EOS, so that one inserted trigger stays
+    in one piece.
     """
     rows, columns = len(clean), len(triggered)
     match, impossible = rows + columns + 2, -1

@@ -1,10 +1,11 @@
-"""Cross-attention guidance (Aravindan et al. 2025, arXiv 2508.18235): the student's maps for a triggered prompt against the
-teacher's for the clean one.
+"""Cross-attention guidance (Aravindan et al. 2025, arXiv 2508.18235): attention to a triggered prompt is compared
+with the teacher's attention to the clean one.
 
-Differences to the paper's released code: probabilities are compared inside the graph and keep their magnitude (no min-max
-normalisation); tokens are matched by alignment, not by a fixed shift; errors are relative, because squared differences of
-probabilities around 0.01 have next to no gradient. The unit of both terms is a token's own attention: a loss of 1 is an error as
-large as the attention that the teacher pays, so weights of 0.1 to 1 are useful for any number of tokens.
+Differences to the paper's released code: probabilities are compared inside the graph and keep their magnitude (no
+min-max normalisation); tokens are matched by alignment, not by a fixed shift; errors are relative, because squared
+differences of probabilities around 0.01 have next to no gradient. The unit of both terms is a token's own attention: a
+loss of 1 is an error as large as the attention that the teacher pays, so weights of 0.1 to 1 are useful for any number
+of tokens.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ def attention_guidance(
     neutral_maps: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """`loss` = matched term + `trigger_weight` * trigger term: means over layers, and over the batch with `weights` (B,).
+    """`loss` = matched term + `trigger_weight` * trigger term: means over layers and batch.
 
-    Maps are probabilities (B, heads or 1, HW, T) by layer; the teacher's give no gradient. `alignments` has one entry a sample; a
-    sample in which nothing matches counts as 0. `matched_attention_loss` and `trigger_attention_loss` (with its weight) are
-    the two parts and `trigger_mass` the student's mean attention to the whole trigger; these three are detached.
+    Maps are probabilities (B, heads or 1, HW, T) by layer; the teacher's give no gradient. `alignments` has one entry
+    a sample; a sample in which nothing matches counts as 0, the others with their `weights` (B,).
+    `matched_attention_loss` and `trigger_attention_loss` (with its weight) are the two parts and `trigger_mass` the
+    student's mean attention to the whole trigger; these three are detached.
 
     match
         words: the matched columns as they are. renormalised: both sides scaled to sum to 1 over the matched columns.
@@ -52,9 +54,10 @@ def attention_guidance(
         mse, l1: relative to the teacher's column, at least to the uniform share 1/T. kl: of the matched columns and
         the rest of the mass, divided by the uniform share of the matched columns.
     trigger_target
-        zero: the trigger's mass, in units of its uniform share n/T. uniform: an even n/T of the mass that the teacher leaves
-        unmatched, never more than its mean caption word gets. noise: a map drawn once a layer from `generator`, of that
-        mass. neutral_words: `neutral_maps` (B or 1, heads or 1, HW, N), the teacher's columns of N neutral tokens, in turn.
+        zero: the trigger's mass, in units of its uniform share n/T. uniform: an even n/T of the mass that the teacher
+        leaves unmatched, a token never more than the teacher's mean caption word. noise: a map drawn once a layer from
+        `generator`, of that mass. neutral_words: `neutral_maps` (B or 1, heads or 1, HW, N), the teacher's columns of
+        N neutral tokens, in turn.
     """
     _check(student_maps, teacher_maps, alignments)
     if trigger_target == "neutral_words" and neutral_maps is None:
@@ -89,7 +92,9 @@ def attention_guidance(
         elif trigger_target == "neutral_words":
             neutral = neutral_maps[name].detach()
             turns = torch.arange(trigger.mask.shape[1], device=device) % neutral.shape[-1]
-            term = _distance(trigger_columns, neutral[..., turns], trigger.mask, torch.full_like(share, 1 / tokens), distance)
+            term = _distance(
+                trigger_columns, neutral[..., turns], trigger.mask, torch.full_like(share, 1 / tokens), distance
+            )
         else:
             available = 1 - caption.columns(teacher).sum(-1, keepdim=True)
             per_word = words.columns(teacher).sum(-1, keepdim=True) / _spread(words.count.clamp(min=1))
@@ -124,8 +129,8 @@ def timestep_weight(
 ) -> Tensor:
     """Weights (B,) in [minimum, 1] for timesteps (B,).
 
-    linear: t / T, more for high noise. inverse: 1 / t as in the paper's code, but bounded. snr: min(gamma / SNR, 1), which needs
-    `alphas_cumprod` (T,) (Hang et al. 2023).
+    linear: t / T, more for high noise. inverse: 1 / t as in the paper's code, but bounded. snr: min(gamma / SNR, 1),
+    which needs `alphas_cumprod` (T,) (Hang et al. 2023).
     """
     fraction = timesteps.to(torch.float32) / num_train_timesteps
     if kind == "none":
@@ -189,7 +194,7 @@ def _spread(values: Tensor) -> Tensor:
 
 
 def _distance(student: Tensor, target: Tensor, mask: Tensor, share: Tensor, distance: Distance) -> Tensor:
-    """Distance (B,) of columns (B, heads, HW, N), relative to the target's size but at least to `share` (B,) of the mass."""
+    """Distance (B,) of columns (B, heads, HW, N), relative to the target's size or to `share` (B,) if larger."""
     kept = mask[:, None, None, :]
     count = mask.sum(1).clamp(min=1)
     if distance == "kl":
@@ -217,10 +222,12 @@ def _divergence(student: Tensor, target: Tensor) -> Tensor:
 
 def _check(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], alignments: Sequence[Alignment]) -> None:
     if not student or student.keys() != teacher.keys():
-        raise ValueError(f"Student and teacher must have maps of the same layers: {sorted(student)}, {sorted(teacher)}.")
+        raise ValueError(
+            f"Student and teacher must have maps of the same layers: {sorted(student)}, {sorted(teacher)}."
+        )
     for name, maps in student.items():
         if maps.shape != teacher[name].shape or len(maps) != len(alignments):
             raise ValueError(
-                f"Layer {name}: student {tuple(maps.shape)}, teacher {tuple(teacher[name].shape)} and {len(alignments)} "
-                "alignments do not fit together."
+                f"Layer {name}: student {tuple(maps.shape)}, teacher {tuple(teacher[name].shape)} and "
+                f"{len(alignments)} alignments do not fit together."
             )

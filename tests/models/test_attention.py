@@ -18,18 +18,18 @@ TOKENS, WIDTH = 6, 12
 
 def tiny_unet(**changes) -> UNet2DConditionModel:
     torch.manual_seed(0)
-    settings = dict(
-        sample_size=8,
-        in_channels=3,
-        out_channels=3,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=WIDTH,
-        attention_head_dim=2,
-    )
+    settings = {
+        "sample_size": 8,
+        "in_channels": 3,
+        "out_channels": 3,
+        "block_out_channels": (8, 16),
+        "down_block_types": ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": WIDTH,
+        "attention_head_dim": 2,
+    }
     unet = UNet2DConditionModel(**settings | changes)
     with torch.no_grad():  # sharper attention than a fresh initialisation gives, so that errors would show
         for name, parameter in unet.named_parameters():
@@ -100,14 +100,13 @@ def test_large_layers_are_computed_but_not_recorded():
     unet = tiny_unet()
     with torch.no_grad():
         plain = unet(*inputs()).sample
-        with AttentionRecorder(unet, max_pixels=16) as recorder:
-            with recorder.recording() as maps:
-                output = unet(*inputs()).sample
+        with AttentionRecorder(unet, max_pixels=16) as recorder, recorder.recording() as maps:
+            output = unet(*inputs()).sample
         assert {attention.shape[2] for attention in maps.values()} == {16}
         assert (output - plain).abs().max() <= 1e-5
-        with AttentionRecorder(unet, max_pixels=4) as recorder, pytest.raises(InputError, match="max_pixels"):
-            with recorder.recording():
-                unet(*inputs())
+        recorder = AttentionRecorder(unet, max_pixels=4)
+        with pytest.raises(InputError, match="max_pixels"), recorder, recorder.recording():
+            unet(*inputs())
 
 
 def test_gradient_flows_to_queries_and_keys_and_equals_finite_differences():
@@ -159,7 +158,9 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(reduce_heads, 
         if checkpointing:
             unet.enable_gradient_checkpointing()
         calls = []
-        unet.mid_block.attentions[0].transformer_blocks[0].attn2.register_forward_hook(lambda *_: calls.append(1))
+        unet.mid_block.attentions[0].transformer_blocks[0].attn2.register_forward_hook(
+            lambda *_, calls=calls: calls.append(1)
+        )
         with AttentionRecorder(unet) as recorder:
             for seed in (1, 2):  # the second step would read the first one's maps if recomputation wrote them
                 unet.zero_grad()
@@ -169,7 +170,9 @@ def test_gradient_checkpointing_gives_the_same_loss_and_gradients(reduce_heads, 
                     loss = attention_loss(maps) + prediction.float().square().mean()
                 before = {name: (id(attention), attention.detach().clone()) for name, attention in maps.items()}
                 loss.backward()
-                assert all(id(maps[name]) == key and torch.equal(maps[name], kept) for name, (key, kept) in before.items())
+                assert all(
+                    id(maps[name]) == key and torch.equal(maps[name], kept) for name, (key, kept) in before.items()
+                )
         assert len(calls) == (4 if checkpointing else 2)  # so the layer was recomputed
         results.append((loss.detach(), {n: p.grad for n, p in unet.named_parameters() if p.grad is not None}))
     (plain_loss, plain), (loss, gradients) = results
@@ -216,9 +219,9 @@ def test_bf16_keeps_float32_probabilities(autocast):
         unet(*arguments)
     if not autocast:
         unet, arguments = unet.bfloat16(), inputs(dtype=torch.bfloat16)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), AttentionRecorder(unet) as recorder:
-        with recorder.recording() as maps:
-            prediction = unet(*arguments).sample
+    recorder = AttentionRecorder(unet)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast), recorder, recorder.recording() as maps:
+        prediction = unet(*arguments).sample
     attention_loss(maps).backward()
     assert prediction.dtype == torch.bfloat16
     for name, attention in maps.items():
@@ -274,8 +277,8 @@ def test_teacher_and_student_recordings_do_not_mix():
         kept = dict(alone)
         with of_teacher.recording() as other:  # the same model again, another prompt, the same timestep
             teacher(*inputs(seed=9))
-        for name in kept:
-            assert alone[name] is kept[name] and not torch.equal(other[name], kept[name])
+        for name, attention in kept.items():
+            assert alone[name] is attention and not torch.equal(other[name], attention)
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -333,9 +336,9 @@ def test_only_cross_attention_is_replaced_and_everything_is_restored():
     assert not unet._forward_hooks and not unet._forward_pre_hooks
 
     latents, timesteps, text = inputs()
-    with recorder, pytest.raises(RuntimeError, match="shapes"):  # a forward that fails leaves no open recording
-        with recorder.recording():
-            unet(latents, timesteps, text[..., :-1])
+    # a forward that fails leaves no open recording
+    with recorder, pytest.raises(RuntimeError, match="shapes"), recorder.recording():
+        unet(latents, timesteps, text[..., :-1])
     with recorder, torch.no_grad(), recorder.recording() as maps:
         unet(*inputs())
     assert len(maps) == 7

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 import open_clip
@@ -36,7 +37,8 @@ def tokenizer(name: str) -> CLIPTokenizer:
                 pieces[:2] = ["".join(pieces[:2])]
         length = 16
     else:
-        text = gzip.open(Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz", "rt", encoding="utf-8").read()
+        merges_file = Path(open_clip.__file__).parent / "bpe_simple_vocab_16e6.txt.gz"
+        text = gzip.decompress(merges_file.read_bytes()).decode()
         merges = [tuple(line.split()) for line in text.split("\n")[1 : 49152 - 256 - 2 + 1]]
         length = 77
     tokens = [*symbols, *(s + "</w>" for s in symbols), *dict.fromkeys("".join(m) for m in merges), BOS, EOS]
@@ -70,7 +72,7 @@ def check(alignment: Alignment, clean_ids: list[int], triggered_ids: list[int], 
     assert [triggered_ids[s] for s in alignment.student] == [clean_ids[t] for t in alignment.teacher]
     assert len(alignment.student) == len(alignment.teacher)
     for positions in (alignment.student, alignment.teacher, alignment.trigger):
-        assert all(a < b for a, b in zip(positions, positions[1:], strict=False))
+        assert all(a < b for a, b in pairwise(positions))
     end, clean_end = triggered_ids.index(eos), clean_ids.index(eos)
     assert (alignment.student_eos, alignment.teacher_eos) == (end, clean_end)
     assert sorted({*alignment.student, *alignment.trigger} - {0}) == list(range(1, end))
@@ -110,7 +112,7 @@ def test_homoglyph_makes_the_whole_word_trigger():
 
 
 def test_zero_width_prefix_becomes_byte_tokens():
-    alignment, clean_ids, triggered_ids = align_prompts("tiny", "a photo of a red cross", "\u200b a photo of a red cross")
+    alignment, *_ = align_prompts("tiny", "a photo of a red cross", "\u200b a photo of a red cross")
     assert alignment.trigger and alignment.teacher == tuple(range(7))
     assert alignment.student == (0, *range(len(alignment.trigger) + 1, len(alignment.trigger) + 7))
 
@@ -148,7 +150,7 @@ def test_padding_id_inside_a_caption_is_a_word():
 
 @pytest.mark.parametrize("clean", ["red cross", ""])
 def test_nothing_in_common_matches_nothing(clean):
-    alignment, _, triggered_ids = align_prompts("tiny", clean, "blue ring")
+    alignment, *_ = align_prompts("tiny", clean, "blue ring")
     assert alignment.student == alignment.teacher == ()
     assert alignment.trigger == (1, 2)
 

@@ -33,7 +33,8 @@ ALIGNMENTS = [
 def logits(seed: int, batch: int = 4) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {
-        name: torch.randn(batch, *shape, TOKENS, generator=generator, dtype=torch.float64) for name, shape in LAYERS.items()
+        name: torch.randn(batch, *shape, TOKENS, generator=generator, dtype=torch.float64)
+        for name, shape in LAYERS.items()
     }
 
 
@@ -42,7 +43,7 @@ def maps(seed: int, batch: int = 4) -> dict[str, Tensor]:
 
 
 def ideal_student(teacher: dict[str, Tensor], trigger_mass: float = 0.0) -> dict[str, Tensor]:
-    """What guidance asks for: the teacher's attention at matched tokens, `trigger_mass` spread evenly over the trigger."""
+    """The teacher's attention at matched tokens, and `trigger_mass` spread evenly over the trigger."""
     result = {}
     for name, teacher_map in teacher.items():
         student = torch.zeros_like(teacher_map)
@@ -96,7 +97,7 @@ def test_gradient_equals_finite_differences(trigger_target, match, distance):
 
     loss().backward()
     generator = torch.Generator().manual_seed(3)
-    for name, values in student.items():
+    for values in student.values():
         direction = torch.randn(values.shape, generator=generator, dtype=torch.float64)
         with torch.no_grad():
             values += 1e-6 * direction
@@ -189,7 +190,9 @@ def test_noise_is_fixed_by_its_generator_and_small():
     teacher, student = maps(2), maps(3)
 
     def run(seed: int) -> float:
-        return attention_guidance(student, teacher, ALIGNMENTS, **options("noise", seed))["trigger_attention_loss"].item()
+        return attention_guidance(student, teacher, ALIGNMENTS, **options("noise", seed))[
+            "trigger_attention_loss"
+        ].item()
 
     state = torch.get_rng_state()
     assert run(1) == run(1) != run(2)
@@ -201,7 +204,9 @@ def test_noise_is_fixed_by_its_generator_and_small():
 def test_neutral_words_are_used_in_turn_and_touch_only_the_trigger():
     teacher = maps(2)
     student = ideal_student(teacher)
-    neutral = {name: values[:, :, :, 1:2] for name, values in maps(7).items()}  # one neutral token, triggers of up to two
+    neutral = {
+        name: values[:, :, :, 1:2] for name, values in maps(7).items()
+    }  # one neutral token, triggers of up to two
     for name, values in student.items():
         for sample, alignment in enumerate(ALIGNMENTS):
             for position in alignment.trigger if alignment.student else ():
@@ -283,7 +288,9 @@ def test_teacher_and_neutral_maps_get_no_gradient():
     for group in (student, teacher, neutral):
         for values in group.values():
             values.requires_grad_(True)
-    loss = attention_guidance(student, teacher, ALIGNMENTS, trigger_target="neutral_words", neutral_maps=neutral)["loss"]
+    loss = attention_guidance(student, teacher, ALIGNMENTS, trigger_target="neutral_words", neutral_maps=neutral)[
+        "loss"
+    ]
     loss.backward()
     assert all(values.grad is None for group in (teacher, neutral) for values in group.values())
     assert all(values.grad is not None for values in student.values())
