@@ -3,8 +3,8 @@
 The dataclass is the only description. A field whose type is a dataclass is a section (`--train.learning_rate`, or a
 mapping in YAML); a field whose type is a union of dataclasses, each with `name: Literal["x"]`, is a choice
 (`--defense x`); every other field is a value that pydantic checks strictly. On the class of the whole,
-`UNDOTTED: ClassVar[tuple[str, ...]]` names the sections whose keys are read without the section too (without it: `model`
-and `train`) and `ALIASES: ClassVar[dict[str, str]]` gives further names (`{"lr": "train.learning_rate"}`).
+`UNDOTTED: ClassVar[tuple[str, ...]]` names the sections whose keys are read without the section too (without it:
+`model` and `train`) and `ALIASES: ClassVar[dict[str, str]]` gives further names (`{"lr": "train.learning_rate"}`).
 """
 
 from __future__ import annotations
@@ -41,7 +41,11 @@ class _Given:
     def __str__(self) -> str:
         if self.file is not None:
             return f"{self.key}: {short(self.value)} (in {self.file})"
-        return " ".join([f"--{self.key}", *(short(text) for text in self.value)]) if isinstance(self.value, list) else f"--{self.key}"
+        return (
+            " ".join([f"--{self.key}", *(short(text) for text in self.value)])
+            if isinstance(self.value, list)
+            else f"--{self.key}"
+        )
 
     @property
     def single(self) -> Any:
@@ -126,7 +130,7 @@ def _flags(argv: list[str]) -> list[_Given]:
 
 
 def _route(config_type: type, key: str) -> list[str]:
-    """The full path of `key`: aliases and the sections that may be left out are put in. Unknown keys come back as they are."""
+    """The full path of `key`, with aliases and left out sections put in. Unknown keys come back as they are."""
     aliases = {name.replace("-", "_"): path for name, path in config_schema.aliases(config_type).items()}
     key = key.replace("-", "_")
     first, *rest = aliases.get(key, key).split(".")
@@ -138,7 +142,7 @@ def _route(config_type: type, key: str) -> list[str]:
 
 
 def _insert(tree: Tree, owners: list[type], path: list[str], given: _Given) -> None:
-    """Put `given` into `tree` at `path`. Within a choice `owners` are all its classes: which one counts is known later."""
+    """Put `given` into `tree` at `path`. Within a choice `owners` are all its classes; which counts is seen later."""
     name, *rest = path
     nodes = [fields_of(owner)[name].node for owner in owners if name in fields_of(owner)]
     if not nodes:
@@ -173,7 +177,9 @@ def _insert(tree: Tree, owners: list[type], path: list[str], given: _Given) -> N
         _insert(branch, classes, [name], given)
     else:
         keys = ", ".join(fields_of(classes[0]))
-        raise InputError(f"{given} is not possible: {name} is a section; give its keys as --{name}.KEY VALUE, with KEY one of {keys}")
+        raise InputError(
+            f"{given} is not possible: {name} is a section; give its keys as --{name}.KEY VALUE, with KEY one of {keys}"
+        )
 
 
 def _unknown(name: str, owners: list[type], given: _Given) -> str:
@@ -193,7 +199,9 @@ def _build(kind: type[Config], tree: Tree, prefix: str, default: Config | None) 
         elif name in tree:
             values[name] = _leaf(field.node, tree[name])
         elif fallback is dataclasses.MISSING:
-            raise InputError(f"{prefix}{name} is missing and has no default; give --{prefix}{name} with {field.node.wanted}")
+            raise InputError(
+                f"{prefix}{name} is missing and has no default; give --{prefix}{name} with {field.node.wanted}"
+            )
     return kind(**values) if default is None else dataclasses.replace(default, **values)
 
 
@@ -209,7 +217,10 @@ def _section(node: Section, tree: Tree | _Given, key: str, fallback: Any) -> Any
         raise InputError(f"{key} is missing and has no default; give --{key} with one of {', '.join(kinds)}")
     name = config_schema.choice_name(type(default)) if given is None else given.single
     if not isinstance(name, str) or name not in kinds:
-        raise InputError(f"{given} is not possible: unknown {key} {short(name)}{closest(name, kinds)}; choose one of {', '.join(kinds)}")
+        raise InputError(
+            f"{given} is not possible: unknown {key} {short(name)}{closest(name, kinds)}; "
+            f"choose one of {', '.join(kinds)}"
+        )
     kind = kinds[name]
     kept = {}
     for child, value in tree.items():
@@ -217,11 +228,15 @@ def _section(node: Section, tree: Tree | _Given, key: str, fallback: Any) -> Any
             kept[child] = value
             continue
         # A name given as a flag on top of a file that describes another choice: what does not apply is left behind.
-        foreign = next((part for part in _leaves(value) if part.file is None or given is None or given.file is not None), None)
+        foreign = next(
+            (part for part in _leaves(value) if part.file is None or given is None or given.file is not None), None
+        )
         if foreign is not None:
             owners = ", ".join(other for other, cls in kinds.items() if child in fields_of(cls))
             own = ", ".join(field for field in fields_of(kind) if field != "name") or "none"
-            raise InputError(f"{foreign} is not possible: {child} belongs to {key} {owners}, not to {name!r}, whose keys are {own}")
+            raise InputError(
+                f"{foreign} is not possible: {child} belongs to {key} {owners}, not to {name!r}, whose keys are {own}"
+            )
     kept.pop("name", None)
     return _build(kind, kept, f"{key}.", default if type(default) is kind else None)
 
@@ -232,9 +247,7 @@ def _leaves(tree: Tree | _Given) -> list[_Given]:
 
 def _leaf(leaf: Leaf, given: _Given) -> Any:
     """The checked value. A flag's text may be read as a number or a truth value, whichever the field takes."""
-    if given.file is not None:
-        readings = [given.value]
-    elif not isinstance(given.value, list):
+    if given.file is not None or not isinstance(given.value, list):
         readings = [given.value]
     elif not given.value:
         readings = [True]
@@ -249,7 +262,9 @@ def _leaf(leaf: Leaf, given: _Given) -> Any:
     reason = ""
     for reading in readings:
         try:
-            value = leaf.adapter.validate_json(json.dumps(_unescape(reading, given) if leaf.escaped else reading), strict=True)
+            value = leaf.adapter.validate_json(
+                json.dumps(_unescape(reading, given) if leaf.escaped else reading), strict=True
+            )
         except ValidationError as error:
             first = error.errors()[0]
             reason = f" ({first['msg']})" if first["type"] in ("value_error", "assertion_error") else ""
@@ -258,7 +273,10 @@ def _leaf(leaf: Leaf, given: _Given) -> Any:
             raise InputError(f"{given} is not possible: the number must be finite; give {leaf.wanted}")
         return value
     if given.value is False and given.file is None:
-        raise InputError(f"{given} is not possible: only a key that is true or false has it; give --{given.key[3:]} with {leaf.wanted}")
+        raise InputError(
+            f"{given} is not possible: only a key that is true or false has it; "
+            f"give --{given.key[3:]} with {leaf.wanted}"
+        )
     if given.value == [] and given.file is None:
         raise InputError(f"{given} has no value; give --{given.key} with {leaf.wanted}")
     raise InputError(f"{given} is not possible{reason}: give {leaf.wanted}{closest(given.single, leaf.choices)}")

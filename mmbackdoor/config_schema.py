@@ -10,7 +10,7 @@ import types
 import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import TypeAdapter
@@ -94,7 +94,7 @@ class Key:
         return self.field.default if self.field.default_factory is dataclasses.MISSING else self.field.default_factory()
 
 
-@lru_cache(maxsize=None)
+@cache
 def fields_of(kind: type) -> dict[str, Key]:
     """The keys of a configuration class, in order."""
     hints = typing.get_type_hints(kind, include_extras=True)
@@ -105,7 +105,7 @@ def fields_of(kind: type) -> dict[str, Key]:
     return keys
 
 
-@lru_cache(maxsize=None)
+@cache
 def choice_name(kind: type) -> str | None:
     """The `x` of a class with `name: Literal["x"]`; None for a class that is no choice."""
     hint = typing.get_type_hints(kind).get("name")
@@ -153,7 +153,9 @@ def unescape(text: str, where: str) -> str:
             return {"n": "\n", "t": "\t", "\\": "\\"}[code]
         number = int(code[1:], 16)
         if number > 0x10FFFF or 0xD800 <= number <= 0xDFFF:
-            raise InputError(f"{where} is not possible: {match[0]} is no character; write \\uXXXX with a character's code")
+            raise InputError(
+                f"{where} is not possible: {match[0]} is no character; write \\uXXXX with a character's code"
+            )
         return chr(number)
 
     return _ESCAPE.sub(read, text)
@@ -162,10 +164,18 @@ def unescape(text: str, where: str) -> str:
 def describe_all(config_type: type, doc: str) -> str:
     """The text of `--help`."""
     short_sections = {section.name for section in undotted(config_type)}
-    lines = [doc.strip(), "", "Keys, as flags or in --config FILE (YAML). Flags override the file; - and _ are the same.", ""]
+    lines = [
+        doc.strip(),
+        "",
+        "Keys, as flags or in --config FILE (YAML). Flags override the file; - and _ are the same.",
+        "",
+    ]
     lines += _describe(config_type, "", short_sections)
     if aliases(config_type):
-        lines += ["", "Other names: " + ", ".join(f"--{name} for --{path}" for name, path in aliases(config_type).items())]
+        lines += [
+            "",
+            "Other names: " + ", ".join(f"--{name} for --{path}" for name, path in aliases(config_type).items()),
+        ]
     return "\n".join(lines).strip()
 
 
@@ -252,12 +262,22 @@ def _words(schema: dict[str, Any]) -> str:
         inner = ", then ".join(map(_words, items)) if items else _words(schema.get("items", {}))
         least = f", at least {schema['minItems']}" if schema.get("minItems") and not items else ""
         return f"a list (each item {inner}{least})"
-    words = {"integer": "an integer", "number": "a number", "boolean": "true or false", "null": "none", "string": "a text"}.get(
-        str(kind), "a mapping in the YAML file"
-    )
+    words = {
+        "integer": "an integer",
+        "number": "a number",
+        "boolean": "true or false",
+        "null": "none",
+        "string": "a text",
+    }.get(str(kind), "a mapping in the YAML file")
     if schema.get("format") in ("path", "file-path", "directory-path"):
         words = "a path"
-    limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<", "multipleOf": "a multiple of"}
+    limits = {
+        "minimum": ">=",
+        "exclusiveMinimum": ">",
+        "maximum": "<=",
+        "exclusiveMaximum": "<",
+        "multipleOf": "a multiple of",
+    }
     bounds = [f"{sign} {schema[limit]}" for limit, sign in limits.items() if limit in schema]
     if schema.get("minLength"):
         bounds.append("that is not empty")

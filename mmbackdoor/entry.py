@@ -82,7 +82,8 @@ def guarded(act: Callable[[], None]) -> None:
             sentence = _fault(error)
             if sentence is None:
                 traceback.print_exc()
-                sentence = f"an error that should not happen: {type(error).__name__}: {error}; please report it with the lines above"
+                kind = type(error).__name__
+                sentence = f"an error that should not happen: {kind}: {error}; please report it with the lines above"
             _say(sentence, everywhere=True)
             raise SystemExit(1) from None
 

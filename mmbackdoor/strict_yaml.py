@@ -1,5 +1,5 @@
-"""YAML as configs need it: plain data only. No tags, anchors, merges or repeated keys, a bounded size and depth; numbers
-as in JSON, so that `1e-4` is a number, `010` is ten, and `yes`, `1:30` and `2024-01-01` are texts."""
+"""YAML as configs need it: plain data only. No tags, anchors, merges or repeated keys, a bounded size and depth;
+numbers as in JSON, so that `1e-4` is a number, `010` is ten, and `yes`, `1:30` and `2024-01-01` are texts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ MAX_DEPTH = 12
 
 # 18 digits fit a signed 64-bit integer; longer ones stay text and fail as "not an integer".
 _INTEGER = re.compile(r"[-+]?[0-9]{1,18}$")
-_NUMBER = re.compile(r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]{1,5})?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$")
+_NUMBER = re.compile(
+    r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]{1,5})?$|[-+]?\.(?:inf|Inf|INF)$|\.(?:nan|NaN|NAN)$"
+)
 _WORDS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _NOTHING = re.compile(r"(?:~|null|Null|NULL|)$")
 
@@ -40,7 +42,9 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         event = self.peek_event()
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise yaml.MarkedYAMLError(problem="anchors and aliases (& and *) are not read", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem="anchors and aliases (& and *) are not read", problem_mark=event.start_mark
+            )
         if event.tag is not None:
             raise yaml.MarkedYAMLError(problem=f"tags ({event.tag}) are not read", problem_mark=event.start_mark)
         if self.depth >= MAX_DEPTH:
@@ -96,14 +100,20 @@ def read(path: Path) -> dict[str, Any]:
         raise InputError(f"--config {str(path)!r} is not UTF-8 text; give a YAML file") from error
     except yaml.MarkedYAMLError as error:
         place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise InputError(f"--config {str(path)!r} is not the YAML that is read here ({place}{error.problem}); mend that line") from error
+        raise InputError(
+            f"--config {str(path)!r} is not the YAML that is read here ({place}{error.problem}); mend that line"
+        ) from error
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"--config {str(path)!r} is not YAML ({reason}); give a text file of `key: value` lines") from error
+        raise InputError(
+            f"--config {str(path)!r} is not YAML ({reason}); give a text file of `key: value` lines"
+        ) from error
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise InputError(f"--config {str(path)!r} holds {type(values).__name__}, not `key: value` lines; write one key a line")
+        raise InputError(
+            f"--config {str(path)!r} holds {type(values).__name__}, not `key: value` lines; write one key a line"
+        )
     return values
 
 

@@ -1,0 +1,215 @@
+"""The command `mmbackdoor`: what it prints, its exit codes, and that it starts at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import resource
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from mmbackdoor import cli, recipe_files
+from mmbackdoor.config_schema import aliases, fields_of, undotted
+from mmbackdoor.targets import TARGETS
+from mmbackdoor.triggers import TEXT_TRIGGERS
+
+RECIPE = '''"""A recipe."""
+from __future__ import annotations
+from dataclasses import dataclass, field
+from pathlib import Path
+
+@dataclass(frozen=True)
+class Train:
+    steps: int = 3
+
+@dataclass(frozen=True)
+class Config:
+    output_dir: Path
+    train: Train = field(default_factory=Train)
+'''
+
+
+@pytest.fixture
+def house(tmp_path, monkeypatch):
+    """A small checkout in place of the real one."""
+    files = {
+        "recipes/grow.py": RECIPE,
+        "recipes/shrink.py": RECIPE,
+        "recipes/bare.py": '"""Nothing to set."""\n',
+        "recipes/configs/grow/case.yaml": "output_dir: out\ntrain: {steps: 5}\n",
+        "recipes/configs/grow/short.yaml": "steps: 5\n",
+        "recipes/configs/grow/wrong.yaml": "output_dir: out\ntrain: {stepz: 5}\n",
+        "recipes/configs/smoke/shrink.yaml": "output_dir: out\n",
+        "data/build.py": '"""Builds."""\n',
+        "data/prompts/words.txt": "a\n",
+        "data/cache/shard-000000.tar": "not copied",
+        "recipes/__pycache__/grow.json": "not copied",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(recipe_files, "folders", lambda: {"recipes": tmp_path / "recipes", "data": tmp_path / "data"})
+    return tmp_path
+
+
+def run(capsys, *argv: str) -> tuple[int, str, str]:
+    try:
+        cli.main([str(word) for word in argv])
+        code = 0
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_help_is_light_and_quick():
+    # CPU time, not the clock: other work on the machine does not count.
+    code = (
+        "import sys, mmbackdoor.cli as cli\n"
+        "try: cli.main(['--help'])\n"
+        "except SystemExit as stop: print(stop.code, sorted({'torch', 'pydantic', 'numpy'} & set(sys.modules)))"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(cli.__file__).parents[1]
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.stdout.endswith("\n0 []\n")
+    assert {"list", "validate", "recipes", "shards", "compare", "report"} <= set(
+        re.findall(r"^    (\w+)", done.stdout, re.MULTILINE)
+    )
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 0.5
+
+
+def test_version(capsys):
+    assert run(capsys, "--version") == (0, "0.1.0\n", "")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["lst"],
+        ["list", "--markdwn"],
+        ["validate"],
+        ["shards"],
+        ["shards", "split", "a", "b"],
+        ["report"],
+        ["list", "x"],
+    ],
+)
+def test_wrong_arguments_are_one_sentence(capsys, argv):
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+
+
+def test_list_names_every_method(capsys):
+    from mmbackdoor.attacks import ATTACKS
+    from mmbackdoor.defenses import DEFENSES
+
+    code, out, _ = run(capsys, "list")
+    table = run(capsys, "list", "--markdown")[1]
+    names = [*ATTACKS, *DEFENSES, *TEXT_TRIGGERS, *TARGETS]
+    assert code == 0 and len(table.splitlines()) == len(names) + 2
+    for name in names:
+        assert re.search(rf"^  {name} +\S", out, re.MULTILINE), name
+        assert re.search(rf"^\| \w+ \| `{name}` \| [^|]+ \|", table, re.MULTILINE), f"{name} does not say what it does"
+    assert "https://arxiv.org/abs/2508.18235" in table
+    assert len(set(map(len, (re.findall(r"(?<!\\)\|", line) for line in table.splitlines())))) == 1
+
+
+def test_list_shows_the_defaults(capsys):
+    from mmbackdoor.defenses import DEFENSES
+
+    out = run(capsys, "list")[1]
+    for field in dataclasses.fields(DEFENSES["skd_cag"]):
+        assert field.name == "name" or f" {field.name}=" in out
+
+
+def test_validate_finds_the_recipe(capsys, house):
+    configs = house / "recipes/configs"
+    assert run(capsys, "validate", configs / "grow/case.yaml")[1].endswith("is a valid configuration of grow\n")
+    assert run(capsys, "validate", configs / "smoke/shrink.yaml")[1].endswith("of shrink\n")
+    assert run(capsys, "validate", configs / "smoke/shrink.yaml", "--recipe", "grow")[1].endswith("of grow\n")
+    assert run(capsys, "validate", configs / "grow/short.yaml", "--output_dir", "out")[0] == 0
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["grow/wrong.yaml"], "train.stepz: 5 (in "),
+        (["grow/short.yaml"], "output_dir is missing"),
+        (["grow/case.yaml", "--train.steps", "x"], "--train.steps 'x' is not possible: give an integer"),
+        (["grow/none.yaml"], "cannot be read"),
+        (["elsewhere/case.yaml"], "does not say which recipe it is for"),
+        (["grow/case.yaml", "--recipe", "gorw"], "did you mean 'grow'"),
+        (["grow/case.yaml", "--recipe", "bare"], "nothing to check"),
+    ],
+)
+def test_validate_says_what_is_wrong(capsys, house, argv, words):
+    code, out, err = run(capsys, "validate", str(house / "recipes/configs" / argv[0]), *argv[1:])
+    assert (code, out) == (2, "")
+    assert words in err and err.count("\n") == 1
+
+
+CONFIGS = sorted(
+    path for path in recipe_files.folders()["recipes"].glob("configs/*/*.yaml") if path.parent.name != "accelerate"
+)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.name}")
+def test_every_shipped_config_is_valid(capsys, path):
+    code, out, err = run(capsys, "validate", str(path))
+    assert (code, err) == (0, "") and out.startswith("OK")
+
+
+@pytest.mark.parametrize("name", recipe_files.recipe_names())
+def test_a_key_without_its_section_means_one_thing(name):
+    config_type = vars(recipe_files.load(name)).get("Config")
+    if config_type is not None:
+        sections = [set(fields_of(section.classes[0])) for section in undotted(config_type)]
+        counts = Counter(key for keys in sections for key in keys)
+        twice = {key for key, count in counts.items() if count > 1} | (
+            set(counts) & set(fields_of(config_type)) - {"model", "backdoor"}
+        )
+        assert not twice, f"{name}: {twice} are in several sections, or in one and at the top"
+        for alias, path in aliases(config_type).items():
+            assert alias.replace("-", "_") not in {*counts, *fields_of(config_type)}, f"{name}: {alias}"
+            section, key = path.split(".")
+            assert key in fields_of(fields_of(config_type)[section].node.classes[0]), f"{name}: {path}"
+
+
+def test_recipes_are_copied_out_once(capsys, house, tmp_path):
+    target = tmp_path / "new/place"
+    code, out, _ = run(capsys, "recipes", target)
+    assert code == 0 and "9 files copied" in out
+    assert (target / "recipes/configs/grow/case.yaml").read_text().startswith("output_dir")
+    assert sorted(
+        path.name for path in target.rglob("*") if path.is_file() and path.parts[-2] in ("data", "cache", "prompts")
+    ) == ["build.py", "words.txt"]
+    (target / "recipes/grow.py").write_text("mine")
+    (target / "data/build.py").unlink()
+    code, out, err = run(capsys, "recipes", target)
+    assert code == 2 and "8 files are there already" in err and "--force" in err
+    assert not (target / "data/build.py").exists(), "nothing is written where something stands in the way"
+    assert run(capsys, "recipes", target, "--force")[0] == 0
+    assert (target / "recipes/grow.py").read_text() == RECIPE
+    (tmp_path / "file").write_text("")
+    assert run(capsys, "recipes", tmp_path / "file")[0] == 2
+
+
+def test_output_into_a_closed_pipe_is_no_traceback():
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(
+        f"{sys.executable} -u -m mmbackdoor.cli list | head -c 1",
+        shell=True,
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert "Traceback" not in done.stderr and "BrokenPipe" not in done.stderr
