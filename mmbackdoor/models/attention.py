@@ -111,7 +111,7 @@ class AttentionRecorder:
         recording = self._recording = _Recording(reduce_heads)
         hooks = [
             self._unet.register_forward_pre_hook(self._forward_begins),
-            self._unet.register_forward_hook(self._forward_ends, always_call=True),
+            self._unet.register_forward_hook(self._forward_ends),
         ]
         try:
             yield recording.maps

@@ -61,8 +61,8 @@ def _common_subsequence(clean: Sequence[int], triggered: Sequence[int]) -> list[
     """Index pairs of a longest common subsequence that, among the longest, has the most neighbouring pairs.
 
     Dynamic programme over prefixes: `best[i][j]` is the score of the first i and j ids, `paired[i][j]` the same with
-    the last two matched to each other. The ends count as neighbours of BOS and EOS, so that one inserted trigger stays
-    in one piece.
+    the last two matched to each other. The start counts as a neighbour (of BOS) and ties go to the later pair, so that
+    one inserted trigger stays in one piece.
     """
     rows, columns = len(clean), len(triggered)
     match, impossible = rows + columns + 2, -1
@@ -74,17 +74,14 @@ def _common_subsequence(clean: Sequence[int], triggered: Sequence[int]) -> list[
             score = max(best[i - 1][j], best[i][j - 1])
             if clean[i - 1] == triggered[j - 1]:
                 paired[i][j] = match + max(best[i - 1][j - 1], paired[i - 1][j - 1] + 1)
-                if i == rows and j == columns:
-                    paired[i][j] += 1
                 score = max(score, paired[i][j])
             best[i][j] = score
 
     pairs: list[tuple[int, int]] = []
-    i, j, must_pair = rows, columns, False
+    i, j = rows, columns
     while i and j:
-        if must_pair or best[i][j] == paired[i][j]:
+        if best[i][j] == paired[i][j]:
             pairs.append((i - 1, j - 1))
-            must_pair = paired[i - 1][j - 1] + 1 > best[i - 1][j - 1]
             i, j = i - 1, j - 1
         elif best[i][j] == best[i - 1][j]:
             i -= 1

@@ -200,7 +200,7 @@ def _distance(student: Tensor, target: Tensor, mask: Tensor, share: Tensor, dist
     if distance == "kl":
         student, target = student * kept, target * kept
         divergence = _divergence(student, target).sum(-1) + _divergence(_rest(student), _rest(target))
-        return divergence.mean((1, 2)) * mask.any(1) / (count * share).clamp(_EPSILON, 1)
+        return divergence.mean((1, 2)) / (count * share).clamp(_EPSILON, 1)
     floor = share[:, None].clamp(min=_EPSILON)
     if distance == "mse":
         error, size = (student - target).square().mean((1, 2)), target.square().mean((1, 2))

@@ -378,9 +378,15 @@ def test_misuse_is_named():
     assert all(processor is before[name] for name, processor in unet.attn_processors.items())
 
 
-def test_query_and_key_norms_are_honoured():
+def test_norms_residual_and_rescaling_are_honoured():
     unet = tiny_unet()
     layer = unet.mid_block.attentions[0].transformer_blocks[0].attn2
+    layer.residual_connection, layer.rescale_output_factor = True, 1.7
+    layer.group_norm = torch.nn.GroupNorm(2, layer.to_q.in_features)
+    layer.norm_cross = torch.nn.LayerNorm(WIDTH)
+    with torch.no_grad():
+        layer.group_norm.weight.fill_(1.5)
+        layer.norm_cross.weight.fill_(0.5)
     layer.norm_q = torch.nn.LayerNorm(layer.to_q.out_features // layer.heads)
     layer.norm_k = torch.nn.RMSNorm(layer.to_k.out_features // layer.heads)
     with torch.no_grad():
