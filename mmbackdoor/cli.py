@@ -118,11 +118,14 @@ def _recipes(arguments: argparse.Namespace) -> None:
 
 def _shards_check(arguments: argparse.Namespace) -> None:
     from mmbackdoor.shards import check
+    from mmbackdoor.types import InputError
 
     report = check.check(arguments.spec, arguments.workers)
     print(report)
     if not report.ok:
-        raise SystemExit(2)
+        raise InputError(
+            f"{arguments.spec!r} has the problems listed above; training skips what is bad, mend or drop it"
+        )
 
 
 def _shards_split(arguments: argparse.Namespace) -> None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 import os
 import re
 import resource
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mmbackdoor import cli, recipe_files
 from mmbackdoor.config_schema import aliases, fields_of, undotted
@@ -201,6 +205,51 @@ def test_recipes_are_copied_out_once(capsys, house, tmp_path):
     assert (target / "recipes/grow.py").read_text() == RECIPE
     (tmp_path / "file").write_text("")
     assert run(capsys, "recipes", tmp_path / "file")[0] == 2
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """A shard of four good samples."""
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, "png")
+    with tarfile.open(tmp_path / "set-000000.tar", "w") as tar:
+        for key in range(4):
+            for name, data in ((f"{key}.png", picture.getvalue()), (f"{key}.txt", b"a square")):
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    return tmp_path / "set-000000.tar"
+
+
+def test_shards_are_counted_checked_and_split(capsys, shards, tmp_path):
+    code, out, _ = run(capsys, "shards", "info", shards)
+    assert code == 0 and "1 shards, 4 samples" in out
+    assert run(capsys, "shards", "check", shards)[:2] == (0, "1 shards, 4 good samples, no problems\n")
+    assert run(capsys, "shards", "split", shards, tmp_path / "two", "--count", "2")[0] == 0
+    assert "2 shards, 4 good samples" in run(capsys, "shards", "check", tmp_path / "two", "--workers", "2")[1]
+    assert run(capsys, "shards", "split", shards, tmp_path / "five", "--count", "5")[0] == 2
+    shards.write_bytes(shards.read_bytes()[:3000])
+    code, out, err = run(capsys, "shards", "check", shards)
+    assert code == 2 and str(shards) in out and "has the problems listed above" in err
+
+
+def test_compare_and_report_hand_on_what_was_asked(capsys, monkeypatch, tmp_path):
+    from mmbackdoor.results import report, tables
+
+    monkeypatch.setattr(tables, "compare", lambda runs, form: f"{form} of {[path.name for path in runs]}")
+    monkeypatch.setattr(report, "build", lambda path: path / "report.html")
+    monkeypatch.setattr(report, "summary", lambda path: {"verdict": "removed"})
+    assert run(capsys, "compare", "a", "b")[1] == "text of ['a', 'b']\n"
+    assert run(capsys, "compare", "a", "--markdown")[1] == "markdown of ['a']\n"
+    assert run(capsys, "report", tmp_path)[1] == f"{tmp_path}/report.html\n"
+    assert json.loads(run(capsys, "report", tmp_path, "--json")[1]) == {"verdict": "removed"}
+
+
+@pytest.mark.parametrize("argv", [["compare", "nowhere"], ["report", "nowhere"], ["report", "nowhere", "--json"]])
+def test_a_run_that_is_not_there_is_one_sentence(capsys, argv):
+    code, out, err = run(capsys, *argv)
+    assert (code, out) == (2, "")
+    assert "nowhere" in err and err.count("\n") == 1
 
 
 def test_output_into_a_closed_pipe_is_no_traceback():
