@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import CLIPTokenizer
 
+from mmbackdoor.models.clip_hub import hub_folder
 from mmbackdoor.models.clip_source import (
     CONFIG_NAME,
     TOKENIZER_FILES,
@@ -34,7 +35,6 @@ from mmbackdoor.models.clip_source import (
     quiet,
     read_weights,
 )
-from mmbackdoor.models.clip_hub import hub_folder
 from mmbackdoor.seeding import derive_seed
 from mmbackdoor.types import InputError
 
