@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import yaml
 
@@ -64,7 +64,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise InputError(f"{str(folder)!r} is not a run: it has no {FILE_NAME}; give the --output_dir of a run") from error
+        raise InputError(
+            f"{str(folder)!r} is not a run: it has no {FILE_NAME}; give the --output_dir of a run"
+        ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"{str(path)!r} cannot be read ({error}); choose another --output_dir") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("config"), dict):
@@ -88,9 +90,15 @@ def git_commit() -> str | None:
     package = Path(__file__).parent
     answers = []
     # ls-files first: a virtual environment inside somebody's repository is not a checkout of ours
-    for arguments in (["ls-files", "--error-unmatch", Path(__file__).name], ["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]):
+    for arguments in (
+        ["ls-files", "--error-unmatch", Path(__file__).name],
+        ["rev-parse", "HEAD"],
+        ["status", "--porcelain", "-uno"],
+    ):
         try:
-            answer = subprocess.run(["git", *arguments], cwd=package, capture_output=True, text=True, timeout=10, check=True)
+            answer = subprocess.run(
+                ["git", *arguments], cwd=package, capture_output=True, text=True, timeout=10, check=True
+            )
         except (OSError, subprocess.SubprocessError):
             return None
         answers.append(answer.stdout.strip())
@@ -116,7 +124,9 @@ def _refuse_other(folder: Path, recipe: str, config: dict[str, Any]) -> dict[str
         return None
     old = read_run(folder)
     if old.get("recipe") != recipe:
-        raise InputError(f"--output_dir {str(folder)!r} holds a run of {old.get('recipe')!r}, not of {recipe!r}; choose another one")
+        raise InputError(
+            f"--output_dir {str(folder)!r} holds a run of {old.get('recipe')!r}, not of {recipe!r}; choose another one"
+        )
     before, after = _flat(old["config"]), _flat(config)
     resuming = any(_last(key) == "resume_from_checkpoint" and value for key, value in after.items())
     allowed = NEUTRAL | (CONTINUABLE if resuming else set())
@@ -222,10 +232,12 @@ class Run:
     def fail(self, error: BaseException | str) -> None:
         self._end("failed", str(error) or type(error).__name__)
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self.content["status"] != "running":
             return
         if error is None or (isinstance(error, SystemExit) and not error.code):
@@ -245,7 +257,7 @@ class Run:
 
     def _save(self) -> None:
         self.content["counters"] = self.counters
-        write_text(self.folder / FILE_NAME, json.dumps(self.content, indent=1, ensure_ascii=False, default=str) + "\n")
+        write_text(self.folder / FILE_NAME, json.dumps(self.content, indent=1, default=str) + "\n")
 
     def _truncate(self, step: int) -> None:
         path = self.folder / LOG_NAME

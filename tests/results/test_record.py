@@ -32,8 +32,8 @@ ONE = Record(
     notes={"warnings": ["few prompts"]},
 )
 FIELDS = (
-    "schema run_id stage model attack defense backdoor suite condition metric value ci_low ci_high ci_method n n_prompts "
-    "unit higher_is_better seed notes"
+    "schema run_id stage model attack defense backdoor suite condition metric value ci_low ci_high ci_method n "
+    "n_prompts unit higher_is_better seed notes"
 )
 
 

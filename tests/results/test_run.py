@@ -143,6 +143,7 @@ def test_places_that_cannot_be_a_run_are_input_errors(tmp_path: Path) -> None:
 
 
 def test_starting_imports_nothing_heavy() -> None:
-    code = "import sys, mmbackdoor.results.run; print([name for name in ('torch', 'diffusers', 'transformers') if name in sys.modules])"
+    heavy = "('torch', 'diffusers', 'transformers')"
+    code = f"import sys, mmbackdoor.results.run; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
