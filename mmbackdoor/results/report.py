@@ -131,6 +131,13 @@ def summary(run: Path) -> dict[str, Any]:
     }
 
 
+def _facts(values: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name.replace('_', ' ')} {f'{value:,}' if isinstance(value, int) else value}"
+        for name, value in values.items()
+    )
+
+
 def _number(record: Record) -> dict[str, Any]:
     return {
         "stage": record.stage,
@@ -228,7 +235,7 @@ def weight_changes(run: Path) -> list[Change]:
             group,
             relative,
             relative / largest,
-            ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in values.items()),
+            _facts(values),
         )
         for group, relative, values in found
     ]
