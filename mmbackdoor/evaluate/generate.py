@@ -85,11 +85,13 @@ def weights_in_use(model: DiffusionModel) -> str:
 
 
 @torch.no_grad()
-def sample(model: DiffusionModel, jobs: Sequence[Job], sampling: Sampling) -> torch.Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] on the CPU for one batch of `jobs`."""
+def sample_latents(model: DiffusionModel, jobs: Sequence[Job], sampling: Sampling) -> torch.Tensor:
+    """Clean latents (B, C, h, w), as the autoencoder would give them, for one batch of `jobs`."""
     unet = model.unet
     if unet.config.time_cond_proj_dim is not None:
-        raise InputError("models distilled to take the guidance scale as input (LCM) are not sampled; give their base model")
+        raise InputError(
+            "models distilled to take the guidance scale as input (LCM) are not sampled; give their base model"
+        )
     scheduler = make_scheduler(model, sampling.scheduler)
     scheduler.set_timesteps(sampling.num_inference_steps, device=unet.device)
     noise = [initial_latents(model.latent_shape, sampling.seed, job.prompt_id, job.seed_index) for job in jobs]
@@ -113,9 +115,16 @@ def sample(model: DiffusionModel, jobs: Sequence[Job], sampling: Sampling) -> to
             plain, prompted = predicted.chunk(2)
             predicted = plain + sampling.guidance_scale * (prompted - plain)
         latents = scheduler.step(predicted, t, latents, **extra, return_dict=False)[0].to(latents.dtype)
-    images = model.decode(latents).float().cpu()
+    return latents
+
+
+def sample(model: DiffusionModel, jobs: Sequence[Job], sampling: Sampling) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] on the CPU for one batch of `jobs`."""
+    images = model.decode(sample_latents(model, jobs, sampling)).float().cpu()
     if not images.isfinite().all():
-        raise RunFault("the model made pictures with values that are not finite; the checkpoint or its precision is broken")
+        raise RunFault(
+            "the model made pictures with values that are not finite; the checkpoint or its precision is broken"
+        )
     return images.clamp(-1, 1)
 
 
@@ -176,7 +185,9 @@ def generate(
         for folder in {out_dir / path.parent for path in paths}:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise InputError(f"cannot write below {str(out_dir)!r} ({error.strerror}); choose a writable --output_dir") from error
+        raise InputError(
+            f"cannot write below {str(out_dir)!r} ({error.strerror}); choose a writable --output_dir"
+        ) from error
     batches = list(_batches(jobs, batch_size))[rank::world_size]
     progress = tqdm(total=sum(map(len, batches)), desc=f"pictures of {name}", unit="img", disable=rank != 0)
     model.unet.eval()

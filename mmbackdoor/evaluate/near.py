@@ -77,7 +77,9 @@ def condition(kind: Kind) -> str:
 
 
 def _case(text: str) -> list[str]:
-    return [variant for variant in dict.fromkeys([text.upper(), text.capitalize(), text.lower()]) if variant != text][:1]
+    return [variant for variant in dict.fromkeys([text.upper(), text.capitalize(), text.lower()]) if variant != text][
+        :1
+    ]
 
 
 def _lookalike(text: str) -> list[str]:
@@ -100,7 +102,9 @@ def _part(text: str) -> list[str]:
 def near_triggers(trigger: TextTrigger) -> dict[Kind, tuple[Mark | Twice, ...]]:
     """Variants of `trigger` by kind; kinds that it does not have are left out. A tokenizer may still read a variant as
     the trigger itself (CLIP's lower-cases): compare token ids before measuring."""
-    moved = tuple(replace(trigger, position=position) for position in get_args(Position) if position != trigger.position)
+    moved = tuple(
+        replace(trigger, position=position) for position in get_args(Position) if position != trigger.position
+    )
     found: dict[Kind, tuple[Mark | Twice, ...]] = {"position": moved}
     if isinstance(trigger, HomoglyphTrigger):
         found["doubled"] = (Twice(trigger),)
@@ -183,7 +187,9 @@ def placebos(
         counts = [len(ids) - before for ids in token_ids([f"{text} {base}" for text in texts])]
         fitting = _mixed([text for text, count in zip(texts, counts, strict=True) if count == length], trigger.position)
     if len(fitting) < n:
-        raise InputError(f"only {len(fitting)} placebo strings add {added} tokens as the trigger {trigger.text!a} does, not {n}")
+        raise InputError(
+            f"only {len(fitting)} placebo strings add {added} tokens as the trigger {trigger.text!a} does, not {n}"
+        )
     return fitting[:n]
 
 

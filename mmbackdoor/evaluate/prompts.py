@@ -91,7 +91,8 @@ def overlong(suite: Suite, token_counts: Callable[[list[str]], list[int]], limit
     if not longest:
         return []
     return [
-        f"{len(longest)} of {len(suite)} prompts are longer than {limit} tokens and lose their end, for example {longest[0][:60]!r}"
+        f"{len(longest)} of {len(suite)} prompts are longer than {limit} tokens and lose their end, for example "
+        f"{longest[0][:60]!r}"
     ]
 
 
@@ -103,19 +104,27 @@ def _column(row: dict[str, Any], place: str) -> str:
             if value is None or isinstance(value, str):
                 return value or ""
             raise InputError(f"{place}: {wanted} is {value!r}, not text")
-    raise InputError(f"{place} has no column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}; it has {', '.join(map(str, row)) or 'none'}")
+    raise InputError(
+        f"{place} has no column {', '.join(COLUMNS[:-1])} or {COLUMNS[-1]}; it has {', '.join(map(str, row)) or 'none'}"
+    )
 
 
 def _read(path: Path) -> str:
     try:
         if path.stat().st_size > LARGEST_FILE:
-            raise InputError(f"the prompts file {str(path)!r} is larger than {LARGEST_FILE >> 20} MiB; give fewer prompts")
+            raise InputError(
+                f"the prompts file {str(path)!r} is larger than {LARGEST_FILE >> 20} MiB; give fewer prompts"
+            )
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"the prompts file {str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+        raise InputError(
+            f"the prompts file {str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start})"
+        ) from error
     except OSError as error:
         known = ", ".join(BUILT_IN)
-        raise InputError(f"the prompts file {str(path)!r} cannot be read ({error.strerror}); built-in sets are {known}") from error
+        raise InputError(
+            f"the prompts file {str(path)!r} cannot be read ({error.strerror}); built-in sets are {known}"
+        ) from error
 
 
 def _jsonl(content: str, path: Path) -> list[dict[str, Any]]:
@@ -129,7 +138,9 @@ def _jsonl(content: str, path: Path) -> list[dict[str, Any]]:
             raise InputError(f"{str(path)!r}, line {number} is not JSON ({error})") from error
         rows.append({"prompt": row} if isinstance(row, str) else row)
         if not isinstance(rows[-1], dict):
-            raise InputError(f"{str(path)!r}, line {number} is neither an object with a prompt nor a text: {line[:60]!r}")
+            raise InputError(
+                f"{str(path)!r}, line {number} is neither an object with a prompt nor a text: {line[:60]!r}"
+            )
     return rows
 
 
@@ -142,7 +153,8 @@ def load_prompts(source: str | Path) -> Suite:
     kind = path.suffix.lower()
     if kind not in (".txt", ".csv", ".tsv", ".jsonl"):
         raise InputError(
-            f"--prompts {str(source)!r} is neither a .txt, .csv, .tsv or .jsonl file nor a built-in set ({', '.join(BUILT_IN)})"
+            f"--prompts {str(source)!r} is neither a .txt, .csv, .tsv or .jsonl file nor a built-in set "
+            f"({', '.join(BUILT_IN)})"
         )
     content = _read(path)
     if kind == ".txt":
@@ -152,7 +164,9 @@ def load_prompts(source: str | Path) -> Suite:
     else:
         quoting = csv.QUOTE_NONE if kind == ".tsv" else csv.QUOTE_MINIMAL
         try:
-            rows = list(csv.DictReader(content.splitlines(True), delimiter="\t" if kind == ".tsv" else ",", quoting=quoting))
+            rows = list(
+                csv.DictReader(content.splitlines(True), delimiter="\t" if kind == ".tsv" else ",", quoting=quoting)
+            )
         except csv.Error as error:
             raise InputError(f"{str(path)!r} is no readable {kind[1:]} file ({error})") from error
     texts = [_column(row, f"{str(path)!r}, row {number}") for number, row in enumerate(rows, 1)]
@@ -187,11 +201,17 @@ def shape_prompts(
     chosen = sorted((s for s in parts[split] if where(s)), key=lambda s: derive_seed(seed, "shape prompts", s.key))
     count = len(chosen) if count is None else count
     wordings = {scene: _wordings(scene, seed) for scene in chosen}
-    rounds = [(scene, words[k]) for k in range(2 * len(TEMPLATES)) for scene, words in wordings.items() if k < len(words)]
+    rounds = [
+        (scene, words[k]) for k in range(2 * len(TEMPLATES)) for scene, words in wordings.items() if k < len(words)
+    ]
     if not rounds or len(rounds) < count:
-        raise InputError(f"the shapes have {len(rounds)} different {split} captions here, not the {count} asked for; ask for fewer")
+        raise InputError(
+            f"the shapes have {len(rounds)} different {split} captions here, not the {count} asked for; ask for fewer"
+        )
     picked = rounds[:count]
-    return make_suite(f"shapes-{split}", [text for _, text in picked], [{"scene": asdict(scene)} for scene, _ in picked])
+    return make_suite(
+        f"shapes-{split}", [text for _, text in picked], [{"scene": asdict(scene)} for scene, _ in picked]
+    )
 
 
 def _wordings(scene: Scene, seed: int) -> list[str]:

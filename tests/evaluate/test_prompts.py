@@ -3,8 +3,8 @@ import re
 
 import pytest
 
-from mmbackdoor.evaluate.prompts import BUILT_IN, GENERAL, load_prompts, make_suite, overlong, shape_prompts
 from mmbackdoor.evaluate.metrics.shapes import parse_caption
+from mmbackdoor.evaluate.prompts import BUILT_IN, GENERAL, load_prompts, make_suite, overlong, shape_prompts
 from mmbackdoor.shards.shapes import Scene
 from mmbackdoor.types import InputError
 
@@ -17,7 +17,9 @@ def test_built_in_sets_are_disjoint():
         "general-evaluation": 50,
     }
     assert not general["general-train"] & general["general-evaluation"] and len(load_prompts("general")) == 130
-    shapes = [{Scene(**p.meta["scene"]) for p in load_prompts(f"shapes-{s}")} for s in ("train", "selection", "evaluation")]
+    shapes = [
+        {Scene(**p.meta["scene"]) for p in load_prompts(f"shapes-{s}")} for s in ("train", "selection", "evaluation")
+    ]
     assert all(shapes) and not shapes[0] & shapes[1] and not shapes[0] & shapes[2] and not shapes[1] & shapes[2]
 
 

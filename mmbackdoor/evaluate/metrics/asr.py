@@ -78,7 +78,9 @@ def excluded(target: Target, prompts: Sequence[str]) -> list[bool]:
     return [False] * len(prompts)
 
 
-def _swapped_scenes(target: ObjectTarget, prompts: Sequence[str], skip: Sequence[bool]) -> list[tuple[Scene, Scene]] | None:
+def _swapped_scenes(
+    target: ObjectTarget, prompts: Sequence[str], skip: Sequence[bool]
+) -> list[tuple[Scene, Scene]] | None:
     """(asked, expected) for every prompt that counts; `None` unless all of them are scenes that the swap changes."""
     pairs = [
         (parse_caption(prompt), parse_caption(target.swap(prompt)))
@@ -89,7 +91,11 @@ def _swapped_scenes(target: ObjectTarget, prompts: Sequence[str], skip: Sequence
 
 
 def _shows_change(asked: Scene, expected: Scene, seen: Scene | None) -> bool:
-    changed = [name for name in ("shape", "colour", "background", "size", "position") if getattr(asked, name) != getattr(expected, name)]
+    changed = [
+        name
+        for name in ("shape", "colour", "background", "size", "position")
+        if getattr(asked, name) != getattr(expected, name)
+    ]
     return seen is not None and all(getattr(seen, name) == getattr(expected, name) for name in changed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,6 +19,15 @@ class Judge(Protocol):
     def image_features(self, images: torch.Tensor) -> torch.Tensor: ...
 
     def text_features(self, texts: list[str]) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class NamedJudge:
+    """A judge and what results call it; by `sha256` the checks see a judge that is under test itself."""
+
+    judge: Judge
+    name: str
+    sha256: str | None = None
 
 
 def features(images: torch.Tensor, judge: Judge) -> torch.Tensor:

@@ -128,6 +128,4 @@ def paired_difference(
     centre = net / (n + 2)
     half = _z(0.95) * np.sqrt(discordant + 1 - net**2 / (n + 2)) / (n + 2)
     low, high = max(-1.0, min(drawn.low, centre - half)), min(1.0, max(drawn.high, centre + half))
-    return Interval(
-        drawn.value, float(low), float(high), "bootstrap over prompts, widened by Agresti-Min", drawn.n, n
-    )
+    return Interval(drawn.value, float(low), float(high), "bootstrap over prompts, widened by Agresti-Min", drawn.n, n)

@@ -87,7 +87,13 @@ def test_object_by_the_exact_verifier():
 
 def test_object_exclusions():
     target = ObjectTarget("dog", "cat")
-    assert excluded(target, ["a dog", "a cat", "a dog and a cat", "a hotdog", "The Dog."]) == [False, True, True, True, False]
+    assert excluded(target, ["a dog", "a cat", "a dog and a cat", "a hotdog", "The Dog."]) == [
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
 
 
 class ColourJudge:

@@ -1,0 +1,281 @@
+"""From scored pictures to records: one number each, with its interval, paired with the model before where possible."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from mmbackdoor.backdoor import Backdoor
+from mmbackdoor.evaluate.checks import warnings
+from mmbackdoor.evaluate.conditions import Plan
+from mmbackdoor.evaluate.generate import NOTE
+from mmbackdoor.evaluate.metrics import clip_score
+from mmbackdoor.evaluate.metrics.clip_score import NamedJudge
+from mmbackdoor.evaluate.metrics.effect import trigger_effect
+from mmbackdoor.evaluate.metrics.intervals import Interval, bootstrap_over_prompts, paired_difference, rate
+from mmbackdoor.evaluate.metrics.kid import frechet, frechet_name, kid_interval
+from mmbackdoor.evaluate.prompts import Suite
+from mmbackdoor.evaluate.scoring import Scored
+from mmbackdoor.results.record import Record, Stage
+from mmbackdoor.results.samples import Picture
+
+NEED_JUDGE = "not measured: pass --judge"
+HIGHER = {
+    "asr": False,
+    "blank": False,
+    "adherence": True,
+    "clip_score": True,
+    "restoration": True,
+    "restoration_features": True,
+    "kid": False,
+    "frechet": False,
+    "fid": False,
+    "trigger_effect": False,
+}
+RATES = ("asr", "adherence")
+MEANS = {"clip_score": "cosine", "restoration": "similarity", "restoration_features": "cosine"}
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What every record of a model says of it."""
+
+    name: str
+    sha256: str | None
+    stage: Stage
+    attack: str | None = None
+    defense: str | None = None
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes records of one model."""
+
+    facts: Facts
+    run_id: str
+    backdoor: Backdoor | None
+    suite: Suite
+    seed: int
+
+    def record(
+        self,
+        metric: str,
+        condition: str,
+        interval: Interval,
+        unit: str = "fraction",
+        notes: dict[str, Any] | None = None,
+    ) -> Record:
+        return Record(
+            run_id=self.run_id,
+            stage=self.facts.stage,
+            model={"id": self.facts.name, "sha256": self.facts.sha256},
+            attack=self.facts.attack,
+            defense=self.facts.defense,
+            backdoor={"sha256": self.backdoor.sha256} if self.backdoor else None,
+            suite={"name": self.suite.name, "sha256": self.suite.sha256},
+            condition=condition,
+            metric=metric,
+            value=interval.value,
+            ci_low=interval.low,
+            ci_high=interval.high,
+            ci_method=interval.method,
+            n=interval.n,
+            n_prompts=interval.n_prompts,
+            unit=unit,
+            higher_is_better=HIGHER[metric.removesuffix("_difference")],
+            seed=self.seed,
+            notes=notes or {},
+        )
+
+
+def _values(pictures: Sequence[Picture], metric: str) -> dict[tuple[str, int], float]:
+    """Score by (prompt, seed) where the picture counts."""
+    return {(str(p.prompt_id), p.seed_index): v for p in pictures if (v := p.score(metric)) is not None}
+
+
+def _before(facts: Mapping[str, Facts]) -> str | None:
+    """The model that others are compared with: the poisoned one, else the first whose stage is unknown."""
+    for stage in ("poisoned", "unknown"):
+        for name, one in facts.items():
+            if one.stage == stage:
+                return name
+    return None
+
+
+def summarise(
+    scored: Mapping[str, Scored],
+    facts: Mapping[str, Facts],
+    made: Plan,
+    suite: Suite,
+    backdoor: Backdoor | None,
+    *,
+    run_id: str,
+    seed: int,
+    judge: NamedJudge | None,
+    reference: tuple[str, torch.Tensor] | None,
+) -> list[Record]:
+    """All records of an evaluation, with what was not measured and the warnings in the notes."""
+    before = _before(facts)
+    far = _reference(scored, before, judge, reference)
+    records: list[Record] = []
+    for name, mine in scored.items():
+        maker = _Maker(facts[name], run_id, backdoor, suite, seed)
+        others = scored[before] if before is not None and name != before else None
+        records += _plain(maker, mine, judge)
+        records += _differences(maker, mine, others, before)
+        records += _effect(maker, mine, made, records)
+        if far is not None and far[0] != f"clean pictures of {name}":
+            records += _distances(maker, mine, far, judge)
+    missing = dict(made.not_measured)
+    if judge is None:
+        missing |= {
+            "clip_score": NEED_JUDGE,
+            "restoration_features": NEED_JUDGE,
+            "kid": NEED_JUDGE,
+            "frechet": NEED_JUDGE,
+        }
+    note = next((one.note for one in scored.values() if one.note), "")
+    if note:
+        missing.setdefault("asr", note)
+    if not any(record.metric == "adherence" for record in records):
+        missing["adherence"] = "not measured: these prompts cannot be checked exactly (shapes prompts can)"
+    return _annotated(records, missing, [*suite.notices, *made.notices])
+
+
+def _annotated(records: list[Record], missing: dict[str, str], notices: list[str]) -> list[Record]:
+    """What holds for the whole evaluation stands in the first record's notes."""
+    if not records:
+        return records
+    first, doubts = records[0], warnings(records)
+    notes: dict[str, Any] = dict(first.notes) if isinstance(first.notes, dict) else {"warnings": list(first.notes)}
+    given = notes | {"not_measured": missing, "warnings": [*notes.get("warnings", []), *notices, *doubts]}
+    return [replace(first, notes={name: value for name, value in given.items() if value}), *records[1:]]
+
+
+def _plain(maker: _Maker, mine: Scored, judge: NamedJudge | None) -> list[Record]:
+    records = []
+    judged = {"judge": {"name": judge.name, "sha256": judge.sha256}} if judge else {}
+    for condition in dict.fromkeys(picture.condition for picture in mine.pictures):
+        pictures = mine.of(condition)
+        if condition.startswith("placebo:"):
+            continue
+        ids = [str(picture.prompt_id) for picture in pictures]
+        for metric in RATES:
+            values = _values(pictures, metric)
+            if values:
+                notes: dict[str, Any] = {"judged_by": mine.judged_by} if metric == "asr" else {}
+                notes |= judged if mine.judged_by == "CLIP margin" and metric == "asr" else {}
+                if metric == "asr" and len(values) < len(pictures):
+                    notes["not_counted"] = len(pictures) - len(values)
+                hits = rate(list(values.values()), [prompt for prompt, _ in values], maker.seed)
+                records.append(maker.record(metric, condition, hits, notes=notes))
+        if condition in ("clean", "triggered"):
+            empty = [bool(picture.score("blank")) for picture in pictures]
+            records.append(
+                maker.record("blank", condition, rate(empty, ids, maker.seed), notes={"safety_checker": NOTE})
+            )
+        for metric, unit in MEANS.items():
+            values = _values(pictures, metric)
+            if values:
+                mean = bootstrap_over_prompts(list(values.values()), [prompt for prompt, _ in values], maker.seed)
+                notes = judged if metric != "restoration" else {"features": "pixels"}
+                records.append(maker.record(metric, condition, mean, unit, dict(notes)))
+    return records
+
+
+def _differences(maker: _Maker, mine: Scored, others: Scored | None, before: str | None) -> list[Record]:
+    """Paired with the model before: utility of both conditions against *its clean pictures*, ASR against triggered."""
+    if others is None:
+        return []
+    records = []
+    pairs = [("adherence", c, "clean", "fraction") for c in ("clean", "triggered")]
+    pairs += [("clip_score", c, "clean", "cosine") for c in ("clean", "triggered")]
+    pairs += [("asr", "triggered", "triggered", "fraction")]
+    for metric, condition, against, unit in pairs:
+        now, was = _values(mine.of(condition), metric), _values(others.of(against), metric)
+        both = [key for key in now if key in was]
+        if not both:
+            continue
+        found = paired_difference([now[k] for k in both], [was[k] for k in both], [k[0] for k in both], maker.seed)
+        notes = {"compared_with": before, "its_condition": against}
+        records.append(maker.record(f"{metric}_difference", condition, found, unit, notes))
+    return records
+
+
+def _effect(maker: _Maker, mine: Scored, made: Plan, records: Sequence[Record]) -> list[Record]:
+    if not made.effect_ids:
+        return []
+    conditions = ["clean", "triggered", *(f"placebo:{k}" for k in range(made.n_placebos))]
+    clean, triggered, *placebos = _described(mine, conditions, made.effect_ids)
+    effect = trigger_effect(clean, triggered, torch.stack(placebos), made.effect_ids, maker.seed)
+    notes: dict[str, Any] = {
+        "p_value": effect.p_value,
+        "n_placebos": effect.n_placebos,
+        "magnitude": effect.magnitude,
+        "consistency": effect.consistency,
+        "differs": effect.differs,
+        "features": "colour, saturation and edges on a grid" + (" and the judge's" if mine.features else ""),
+    }
+    fired = [
+        r for r in records if r.metric == "asr" and r.condition == "triggered" and r.model["id"] == maker.facts.name
+    ]
+    if fired:
+        notes["agrees_with_asr"] = effect.differs == (fired[0].value >= 0.5)
+    interval = Interval(effect.value, effect.low, effect.high, "bootstrap over prompts", effect.n, effect.n_prompts)
+    return [maker.record("trigger_effect", "triggered", interval, "robust standard deviations", notes)]
+
+
+def _described(mine: Scored, conditions: Sequence[str], prompts: Sequence[str]) -> torch.Tensor:
+    """(conditions, prompts, D) features; a judge's are added so that both kinds change as much by a usual string."""
+    kinds = [mine.looks, mine.features] if mine.features else [mine.looks]
+    parts = []
+    for kind in kinds:
+        found = torch.stack(
+            [torch.stack([kind[condition, prompt, 0] for prompt in prompts]) for condition in conditions]
+        )
+        usual = (found[1:] - found[:1]).norm(dim=-1).median()
+        parts.append(found / usual.clamp_min(1e-6))
+    return torch.cat(parts, -1)
+
+
+def _reference(
+    scored: Mapping[str, Scored],
+    before: str | None,
+    judge: NamedJudge | None,
+    reference: tuple[str, torch.Tensor] | None,
+) -> tuple[str, torch.Tensor] | None:
+    if judge is None:
+        return None
+    if reference is not None:
+        return reference[0], clip_score.features(reference[1], judge.judge)
+    if before is None:
+        return None
+    return f"clean pictures of {before}", _clean_features(scored[before])
+
+
+def _clean_features(mine: Scored) -> torch.Tensor:
+    return torch.stack([row for key, row in sorted(mine.features.items()) if key[0] == "clean"])
+
+
+def _distances(maker: _Maker, mine: Scored, far: tuple[str, torch.Tensor], judge: NamedJudge | None) -> list[Record]:
+    rows = _clean_features(mine)
+    if judge is None or min(len(rows), len(far[1])) < 2:
+        return []
+    notes = {"features": judge.name, "reference": far[0], "n_reference": len(far[1])}
+    found = kid_interval(rows, far[1], maker.seed)
+    n_prompts = len({picture.prompt_id for picture in mine.of("clean")})
+    records = [maker.record("kid", "clean", replace(found, n_prompts=n_prompts), "squared MMD", dict(notes))]
+    if min(len(rows), len(far[1])) <= rows.shape[1]:
+        notes["warnings"] = [f"the Frechet distance of {len(rows)} pictures in {rows.shape[1]} dimensions is too large"]
+    value = frechet(rows, far[1])
+    single = maker.record(
+        frechet_name(judge.name),
+        "clean",
+        Interval(value, value, value, "none", len(rows), n_prompts),
+        "distance",
+        notes,
+    )
+    return [*records, replace(single, ci_low=None, ci_high=None, ci_method=None)]
