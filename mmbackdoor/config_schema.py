@@ -176,7 +176,7 @@ def describe_all(config_type: type, doc: str) -> str:
             "",
             "Other names: " + ", ".join(f"--{name} for --{path}" for name, path in aliases(config_type).items()),
         ]
-    return "\n".join(lines).strip()
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
 
 
 def _describe(kind: type, prefix: str, short_sections: set[str], default: Any = None) -> list[str]:
@@ -212,7 +212,11 @@ def _shown(value: Any) -> str:
 
 def _first_line(kind: type) -> str:
     doc = (kind.__doc__ or "").strip()
-    return "" if doc.startswith(kind.__name__ + "(") else doc.split("\n\n")[0].replace("\n", " ").split(". ")[0]
+    return (
+        ""
+        if doc.startswith(kind.__name__ + "(")
+        else re.split(r"(?<!\bal)[.;] ", " ".join(doc.split("\n\n")[0].split()))[0]
+    )
 
 
 def _members(annotation: Any) -> list[Any]:
