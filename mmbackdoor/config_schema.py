@@ -215,7 +215,7 @@ def _first_line(kind: type) -> str:
     return (
         ""
         if doc.startswith(kind.__name__ + "(")
-        else re.split(r"(?<!\bal)[.;] ", " ".join(doc.split("\n\n")[0].split()))[0]
+        else re.split(r"(?<!\bal)(?<!\beq)[.;] ", " ".join(doc.split("\n\n")[0].split()))[0]
     )
 
 
