@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Annotated
+
+from pydantic import Field
 
 from mmbackdoor.backdoor import Backdoor
+from mmbackdoor.config import Doc
 from mmbackdoor.evaluate.generate import Job
 from mmbackdoor.evaluate.metrics.asr import excluded
-from mmbackdoor.evaluate.near import condition, near_triggers, placebos
-from mmbackdoor.evaluate.prompts import Suite
+from mmbackdoor.evaluate.near import FEWEST_PLACEBOS, condition, near_triggers, placebos
+from mmbackdoor.evaluate.prompts import Suite, overlong
 from mmbackdoor.models.diffusion import DiffusionModel, check_trigger
 from mmbackdoor.seeding import python_rng
 from mmbackdoor.targets import UnknownTarget
@@ -22,11 +26,11 @@ class Amounts:
     """How much is made of each. `near_prompts` prompts for every kind of near trigger (0: none); `effect_prompts`
     prompts with each of `n_placebos` placebos, where the target is unknown or `always_effect`."""
 
-    seeds_per_prompt: int = 1
-    near_prompts: int = 100
-    n_placebos: int = 20
-    effect_prompts: int = 48
-    always_effect: bool = False
+    seeds_per_prompt: Annotated[int, Field(ge=1), Doc("pictures of each prompt and condition")] = 1
+    near_prompts: Annotated[int, Field(ge=0), Doc("prompts for each kind of near trigger; 0 for none")] = 100
+    n_placebos: Annotated[int, Field(ge=FEWEST_PLACEBOS), Doc("placebo strings for the trigger's effect")] = 20
+    effect_prompts: Annotated[int, Field(ge=2), Doc("prompts with each placebo")] = 48
+    always_effect: Annotated[bool, Doc("measure the trigger's effect where the target is known, too")] = False
 
 
 @dataclass(frozen=True)
@@ -58,9 +62,10 @@ def plan(model: DiffusionModel, suite: Suite, backdoor: Backdoor | None, amounts
     """
     seeds = range(amounts.seeds_per_prompt)
     clean = [Job(prompt.id, "clean", prompt.text, s) for prompt in suite for s in seeds]
+    long = overlong(suite, lambda texts: [len(ids) for ids in token_ids(model, texts)], model.max_length)
     if backdoor is None:
         reason = "not measured: no trigger is known; give --trigger or --backdoor"
-        return Plan(tuple(clean), (), {"asr": reason, "trigger_effect": reason})
+        return Plan(tuple(clean), tuple(long), {"asr": reason, "trigger_effect": reason})
     if all(excluded(backdoor.target, suite.texts)):
         raise InputError(
             f"no prompt of {suite.name!r} can show the target: {backdoor.target} needs prompts that name the object to be "
@@ -72,7 +77,7 @@ def plan(model: DiffusionModel, suite: Suite, backdoor: Backdoor | None, amounts
     not_measured = (
         {} if ids else {"trigger_effect": "not measured: the target is known, and --always_effect was not asked for"}
     )
-    return Plan((*clean, *triggered, *near, *effect), (*notices, *more), not_measured, ids, count)
+    return Plan((*clean, *triggered, *near, *effect), (*long, *notices, *more), not_measured, ids, count)
 
 
 def _triggered(

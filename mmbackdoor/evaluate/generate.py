@@ -14,14 +14,16 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
+from pydantic import Field
 from tqdm import tqdm
 
+from mmbackdoor.config import Doc
 from mmbackdoor.models.diffusion import Conditioning, DiffusionModel
 from mmbackdoor.seeding import torch_generator
 from mmbackdoor.types import InputError, RunFault
@@ -36,12 +38,12 @@ class Sampling:
     """How pictures are made. `negative_prompt` is read as the stock pipeline reads it; `scheduler` is a class name
     that the pipeline's own is compatible with, `None` the pipeline's own."""
 
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
-    negative_prompt: str | None = None
-    scheduler: str | None = None
-    mixed_precision: Literal["no", "bf16"] = "no"
-    seed: int = 0
+    num_inference_steps: Annotated[int, Field(ge=1), Doc("denoising steps")] = 50
+    guidance_scale: Annotated[float, Field(ge=0), Doc("classifier-free guidance; 1 or less is none")] = 7.5
+    negative_prompt: Annotated[str | None, Doc("what guidance leads away from")] = None
+    scheduler: Annotated[str | None, Doc("class name of another scheduler than the pipeline's own")] = None
+    mixed_precision: Annotated[Literal["no", "bf16"], Doc("precision of the denoising steps")] = "no"
+    seed: Annotated[int, Field(ge=0), Doc("seed of the initial latents and of all choices")] = 0
 
 
 @dataclass(frozen=True)

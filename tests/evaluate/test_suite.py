@@ -258,6 +258,13 @@ def test_truncated_trigger_and_bad_names_are_sentences(make, tmp_path):
         measure({"../x": Entry(lambda: make("clean"), "clean")}, tmp_path)
 
 
+def test_overlong_prompts_are_noticed(make):
+    suite = make_suite("s", ["a red cross", "a red cross " * 12])
+    assert any(
+        "1 of 2 prompts are longer than 24 tokens" in n for n in plan(make("clean"), suite, None, Amounts(), 0).notices
+    )
+
+
 def test_samples_are_json_lines(make, tmp_path):
     measure({"mine": Entry(lambda: make("clean"), "unknown")}, tmp_path, suite=SUITE.take(4))
     first = json.loads((tmp_path / "samples.jsonl").read_text().split("\n")[0])
