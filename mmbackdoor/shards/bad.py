@@ -14,6 +14,8 @@ KINDS = {
     "gzip_bomb": "the gzip unpacks to far more than images can",
     "unreadable": "reading the file failed",
     "wrong_size": "sizes.json gives another number of samples than the shard holds",
+    "missing_file": "no such file",
+    "outside_folder": "a path that leaves the folder",
     "not_a_file": "a link, device or other entry that is no plain file",
     "unsafe_name": "a name that leaves its folder or is no plain text",
     "pickled_member": "a member in a pickled format, which is never read",

@@ -13,15 +13,16 @@ from pathlib import Path
 
 from mmbackdoor.shards.bad import BadSample, BadSamples
 from mmbackdoor.shards.decode import IMAGE_FORMATS, PICKLED, SIZE_LIMITS, decode_sample
-from mmbackdoor.shards.tar import Damage, GzipFile, PlainFile, members, open_source
+from mmbackdoor.shards.tar import Damage, GzipFile, PlainFile, is_gzip, members, open_source
 from mmbackdoor.types import InputError, Sample
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SIZES_FILE = "sizes.json"
 MAX_SHARDS = 1_000_000
 SCAN_BYTES = 256 << 20
+INDEXED_TAR = 256 << 20
+INDEXED_GZIP = 8 << 20
 INDEX_BYTES = 256 << 20
-INDEX_ENTRIES = 400_000
 
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
@@ -45,6 +46,11 @@ class Entry:
             parts[extension] = data
         return parts
 
+    @property
+    def weight(self) -> int:
+        """About how many bytes of memory this takes."""
+        return 600 + sum(len(part) for part in self.parts.values() if isinstance(part, bytes))
+
     def decode(self, require_text: bool = True) -> Sample:
         """Raises `BadSample`."""
         try:
@@ -53,24 +59,27 @@ class Entry:
             raise BadSample("unreadable", error.strerror or str(error)) from None
 
 
-def _braces(text: str) -> Iterator[str]:
-    opening = text.find("{")
-    closing = text.find("}", opening)
-    if opening < 0 or closing < 0:
-        yield text
-        return
-    head, inside, tail = text[:opening], text[opening + 1 : closing], text[closing + 1 :]
-    span = _RANGE.fullmatch(inside)
-    if span:
-        first, last = span.groups()
-        if abs(int(last) - int(first)) >= MAX_SHARDS:
-            raise InputError(f"{text!r} means more than {MAX_SHARDS} shards; check the numbers in braces")
-        width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        options = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
-    else:
-        options = inside.split(",")
-    for option, rest in itertools.product(options, list(_braces(tail))):
-        yield head + option + rest
+def _braces(text: str) -> list[str]:
+    """All texts that `text` with braces means. Raises `InputError` above `MAX_SHARDS`."""
+    found = [""]
+    while text:
+        head, opening, rest = text.partition("{")
+        inside, closing, tail = rest.partition("}")
+        span = _RANGE.fullmatch(inside)
+        if not closing:
+            head, options, tail = text, [""], ""
+        elif span:
+            first, last = span.groups()
+            width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+            options = range(int(first), int(last) + 1) if max(len(first), len(last)) < 19 else range(MAX_SHARDS + 1)
+        else:
+            width, options = 0, inside.split(",")
+        if len(found) * len(options) > MAX_SHARDS:
+            raise InputError(f"the pattern means more than {MAX_SHARDS} shards; check the numbers in its braces")
+        words = [f"{option:0{width}d}" if isinstance(option, int) else option for option in options]
+        found = [before + head + word for before in found for word in words]
+        text = tail
+    return found
 
 
 def _in_folder(folder: Path) -> list[str]:
@@ -92,8 +101,10 @@ def _expand_one(spec: str) -> list[str]:
         raise InputError(f"{spec!r} is no local file; shards are read from local files only, so copy them here first")
     if os.path.isdir(spec):
         return _in_folder(Path(spec))
+    if not spec:
+        raise InputError("an empty name stands for no shards; pass a file, a folder or a pattern")
     paths = []
-    for name in [spec] if os.path.exists(spec) else list(itertools.islice(_braces(spec), MAX_SHARDS)):
+    for name in [spec] if os.path.exists(spec) else _braces(spec):
         if os.path.exists(name) or not glob.has_magic(name):
             paths.append(name)
             continue
@@ -102,9 +113,13 @@ def _expand_one(spec: str) -> list[str]:
             raise InputError(f"no file matches {name!r}; check the path of the shards")
         paths += found
     missing = [path for path in paths if not os.path.isfile(path)]
+    locked = [path for path in paths if not missing and not os.access(path, os.R_OK)]
+    if locked:
+        raise InputError(f"{len(locked)} of {len(paths)} shards may not be read, the first is {locked[0]!r}; see its rights")
     if missing:
         raise InputError(
-            f"{len(missing)} of {len(paths)} shards of {spec!r} do not exist, the first is {missing[0]!r}; check the path"
+            f"{len(missing)} of {len(paths)} shards of {spec!r} do not exist, the first is {missing[0]!r}; "
+            "check the path"
         )
     return paths
 
@@ -117,7 +132,7 @@ def expand(spec: str | Path | Sequence[str | Path]) -> list[str]:
     specs = [spec] if isinstance(spec, (str, Path)) else list(spec)
     paths = [path for each in specs for part in str(each).split("::") for path in _expand_one(part)]
     if not paths:
-        raise InputError("no shards were given; pass a file, a folder or a pattern such as 'train-{000000..000009}.tar'")
+        raise InputError("no shards were given; pass a file, a folder or a pattern such as 'a-{000000..000009}.tar'")
     if len(paths) > MAX_SHARDS:
         raise InputError(f"{spec!r} means more than {MAX_SHARDS} shards; check the numbers in braces")
     return paths
@@ -214,30 +229,35 @@ def entries(path: str, report: BadSamples) -> Iterator[Entry]:
 
 
 class ShardIndex:
-    """Remembers the entries of small shards, so that reading from their middle costs nothing."""
+    """Remembers the entries of small shards, so that reading from their middle costs nothing.
+
+    Of a gzipped shard it keeps the content. It holds about `INDEX_BYTES` and forgets what was used longest ago.
+    """
 
     def __init__(self) -> None:
         self._known: OrderedDict[str, list[Entry]] = OrderedDict()
-        self._held = 0
+        self._weights: dict[str, int] = {}
 
     def entries(self, path: str, report: BadSamples, start: int = 0) -> Iterator[Entry]:
         """The entries of a shard from number `start` on."""
         if path in self._known:
             self._known.move_to_end(path)
-            return itertools.islice(self._known[path], start, None)
-        if os.path.getsize(path) > INDEX_BYTES or not _random_access(path):
-            return itertools.islice(entries(path, report), start, None)
-        found = list(entries(path, report))
+        else:
+            try:
+                large = os.path.getsize(path) > (INDEXED_GZIP if is_gzip(path) else INDEXED_TAR)
+            except OSError as error:
+                report.add("unreadable", path, "", error.strerror or str(error))
+                return iter(())
+            if large:
+                return itertools.islice(entries(path, report), start, None)
+            self._add(path, list(entries(path, report)))
+        return itertools.islice(self._known[path], start, None)
+
+    def _add(self, path: str, found: list[Entry]) -> None:
         self._known[path] = found
-        self._held += len(found)
-        while self._held > INDEX_ENTRIES and len(self._known) > 1:
-            self._held -= len(self._known.popitem(last=False)[1])
-        return itertools.islice(found, start, None)
-
-
-def _random_access(path: str) -> bool:
-    with open(path, "rb") as file:
-        return file.read(2) != b"\x1f\x8b"
+        self._weights[path] = sum(entry.weight for entry in found)
+        while sum(self._weights.values()) > INDEX_BYTES and len(self._known) > 1:
+            del self._weights[self._known.popitem(last=False)[0]]
 
 
 def read_sizes(folder: str | Path) -> dict[str, int]:
@@ -255,7 +275,9 @@ def read_sizes(folder: str | Path) -> dict[str, int]:
     return content
 
 
-def shard_sizes(paths: Sequence[str], report: BadSamples, exact: bool = False, index: ShardIndex | None = None) -> list[int]:
+def shard_sizes(
+    paths: Sequence[str], report: BadSamples, exact: bool = False, index: ShardIndex | None = None
+) -> list[int]:
     """The number of samples of each shard: counted where that is cheap or `exact`, else from `sizes.json`.
 
     A shard that `sizes.json` lacks is counted. A count that differs from `sizes.json` is put in `report`.

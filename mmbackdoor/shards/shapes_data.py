@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 
+from tqdm import tqdm
+
 from mmbackdoor.seeding import numpy_rng, python_rng
+from mmbackdoor.shards.read import read_sizes
 from mmbackdoor.shards.shapes import TEMPLATES, Scene, caption, render
 from mmbackdoor.shards.write import ShardWriter, encode_image, encode_json, tar_member, write_file
 from mmbackdoor.types import InputError
 
 KEY = "{split}{number:08d}"
+SETTINGS_FILE = "shapes.json"
+CARD = """---
+license: cc0-1.0
+task_categories: [text-to-image]
+pretty_name: Shapes
+tags: [synthetic, webdataset]
+---
+# Shapes
+
+Drawn pictures ({resolution} x {resolution} pixels) of one coloured shape on a coloured background, with captions.
+Whether a picture shows what its caption says can be checked exactly. Made by `mmbackdoor` ({module});
+no picture, text or person of the world outside is in it.
+
+| split | samples | attribute combinations | captions |
+| --- | --- | --- | --- |
+{rows}
+
+- Splits are disjoint: no combination of shape, colour, background, size and position is in two of them.
+- `SPLIT-NNNNNN.tar`: webdataset shards of `KEY.{image_format}`, `KEY.txt`, `KEY.json` (`caption split scene shape
+  colour background size position template paraphrase`); `sizes.json`: samples of each shard; `captions-SPLIT.txt`:
+  every caption that the split's combinations can have; `shapes.json`: the settings.
+- The same settings give the same bytes. Seed {seed}. Shapes: {shapes}. Colours: {colours}.
+"""
 
 
 def captions_of(scenes: Sequence[Scene]) -> list[str]:
@@ -75,20 +103,76 @@ def write_shapes(
 ) -> list[Path]:
     """Write `count` pictures of `scenes` as `folder/split-000000.tar`, ... and `captions-split.txt`; the shards' paths.
 
-    Every sample depends on (seed, split, its number) alone, so the bytes are the same for every `workers`.
+    Every sample depends on (seed, split, its number) alone, so the bytes are the same for every `workers`. A split
+    that was written with the same settings before is left as it is; raises `InputError` where it was written with
+    others, unless `overwrite`.
     """
-    if not scenes:
-        raise InputError(f"the split {split!r} has no scenes; give it a larger fraction or more shapes and colours")
-    step = min(samples_per_shard, 500)
+    if not scenes or count < 1 or resolution < 8:
+        raise InputError(
+            f"{count} pictures of {resolution} pixels of {len(scenes)} scenes for the split {split!r} are impossible; "
+            "give at least one picture, 8 pixels, and enough shapes and colours for the split's fraction"
+        )
+    folder = Path(folder)
+    settings = {
+        "count": count,
+        "resolution": resolution,
+        "seed": seed,
+        "samples_per_shard": samples_per_shard,
+        "image_format": image_format,
+        "scenes": len(scenes),
+        "scenes_sha256": hashlib.sha256("\n".join(scene.key for scene in scenes).encode()).hexdigest(),
+    }
+    known = _settings(folder)
+    shards = [folder / f"{split}-{number:06d}.tar" for number in range(-(-count // max(1, samples_per_shard)))]
+    if known.get(split) == settings and all(shard.is_file() for shard in shards) and not overwrite:
+        return shards
+    step = min(max(1, samples_per_shard), 500)
     jobs = [
         (tuple(scenes), split, range(start, min(start + step, count)), resolution, seed, image_format)
         for start in range(0, count, step)
     ]
     with ShardWriter(folder, split, samples_per_shard, image_format, overwrite) as writer:
-        for entry in itertools.chain.from_iterable(_in_order(jobs, workers)):
-            writer.add(entry)
-    write_file(Path(folder) / f"captions-{split}.txt", "\n".join(captions_of(scenes)) + "\n")
-    return [Path(folder) / f"{split}-{number:06d}.tar" for number in range(len(writer.sizes))]
+        with tqdm(total=count, desc=f"{split} pictures", unit="", disable=None) as bar:
+            for found in _in_order(jobs, workers):
+                for entry in found:
+                    writer.add(entry)
+                bar.update(len(found))
+    write_file(folder / f"captions-{split}.txt", "\n".join(captions_of(scenes)) + "\n")
+    known = _settings(folder) | {split: settings}
+    write_file(folder / SETTINGS_FILE, json.dumps(known, indent=1, sort_keys=True) + "\n")
+    return shards
+
+
+def _settings(folder: Path) -> dict[str, object]:
+    try:
+        content = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_card(
+    folder: str | Path, scenes: Mapping[str, Sequence[Scene]], resolution: int, seed: int = 0, image_format: str = "png"
+) -> Path:
+    """The dataset card `README.md` of the splits in `scenes` (split -> its scenes), all of which have been written."""
+    folder = Path(folder)
+    sizes = read_sizes(folder)
+    rows = []
+    for split, some in scenes.items():
+        samples = sum(size for name, size in sizes.items() if name.startswith(f"{split}-"))
+        rows.append(f"| {split} | {samples} | {len(some)} | {len(captions_of(some))} |")
+    every = [scene for some in scenes.values() for scene in some]
+    text = CARD.format(
+        resolution=resolution,
+        module=__name__,
+        rows="\n".join(rows),
+        image_format=image_format,
+        seed=seed,
+        shapes=", ".join(sorted({scene.shape for scene in every})),
+        colours=", ".join(sorted({scene.colour for scene in every})),
+    )
+    write_file(folder / "README.md", text)
+    return folder / "README.md"
 
 
 def _in_order(jobs: list[tuple], workers: int) -> Iterator[list[bytes]]:

@@ -109,13 +109,17 @@ class GzipFile:
             self._file.close()
 
 
-def open_source(path: str) -> PlainFile | GzipFile:
-    """By content, not by name. Raises `Damage` for an empty file, `OSError` for an unreadable one."""
+def is_gzip(path: str) -> bool:
+    """By content, not by name."""
     with open(path, "rb") as file:
-        magic = file.read(2)
-    if not magic:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def open_source(path: str) -> PlainFile | GzipFile:
+    """Raises `Damage` for an empty file, `OSError` for an unreadable one."""
+    if not os.path.getsize(path):
         raise Damage("empty_shard")
-    return GzipFile(path) if magic == b"\x1f\x8b" else PlainFile(path)
+    return GzipFile(path) if is_gzip(path) else PlainFile(path)
 
 
 def _number(field: bytes) -> int:

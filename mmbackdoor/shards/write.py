@@ -17,7 +17,7 @@ from PIL import Image
 
 from mmbackdoor.shards.decode import SIZE_LIMITS
 from mmbackdoor.shards.read import SIZES_FILE, read_sizes
-from mmbackdoor.types import InputError, RunFault
+from mmbackdoor.types import InputError
 
 ENCODERS: dict[str, dict[str, Any]] = {
     "png": {"format": "PNG", "compress_level": 6},
@@ -120,33 +120,35 @@ class ShardWriter:
     def add(self, entry: bytes) -> None:
         """Add a sample that `tar_member` has made."""
         if self._file is None or self.sizes[-1] >= self.samples_per_shard:
-            self._finish_shard()
+            self.end_shard()
             self._file = open(f"{self._path(len(self.sizes))}.part", "wb")
             self.sizes.append(0)
         self._file.write(entry)
         self.sizes[-1] += 1
 
-    def _finish_shard(self) -> None:
+    def end_shard(self) -> None:
+        """End the current shard, full or not; the next sample begins another."""
         if self._file is not None:
             self._file.write(b"\0" * 1024)
             self._file.close()
             self._file = None
 
     def __enter__(self) -> ShardWriter:
+        self._discard()  # what a killed run has left
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._finish_shard()
-        except OSError as fault:
-            kind = type(fault)
-            raise RunFault(f"writing {str(self.folder)!r} failed: {fault.strerror}") from fault
-        finally:
-            if kind is not None:
-                self._discard()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
-            self._publish()
+            try:
+                self.end_shard()
+                self._publish()
+                return
+            except OSError:
+                self._discard()
+                raise
+        self._discard()
 
     def _discard(self) -> None:
         if self._file is not None:

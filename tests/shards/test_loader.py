@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import os
@@ -87,7 +88,8 @@ def test_fewer_samples_than_streams_or_than_one_batch(tmp_path):
 
 
 def test_shuffling_mixes_and_depends_on_the_seed(hundred):
-    first, second = ([i.sample.meta["n"] for i in next(iter(ShardLoader(hundred, seed=s, batch_size=101)))] for s in (0, 1))
+    loaders = [ShardLoader(hundred, seed=seed, batch_size=101) for seed in (0, 1)]
+    first, second = ([indexed.sample.meta["n"] for indexed in next(iter(loader))] for loader in loaders)
     assert first != second and sorted(first) == sorted(second) == list(range(101))
     assert sum(abs(a - b) == 1 for a, b in itertools.pairwise(first)) < 20
 
@@ -180,9 +182,9 @@ def test_order_names_what_the_batches_depend_on(hundred, tmp_path):
     json.dumps(first)
 
 
-def test_gzipped_shards_give_the_same_order(hundred, tmp_path):
-    import gzip
-
+@pytest.mark.parametrize("indexed", [0, 1 << 20])
+def test_gzipped_shards_give_the_same_order(hundred, tmp_path, monkeypatch, indexed):
+    monkeypatch.setattr("mmbackdoor.shards.read.INDEXED_GZIP", indexed)
     for path in expand(hundred):
         (tmp_path / (Path(path).name + ".gz")).write_bytes(gzip.compress(Path(path).read_bytes()))
     assert batches(tmp_path, 12, start_step=4) == batches(hundred, 12, start_step=4)
@@ -212,3 +214,12 @@ def test_a_killed_worker_is_a_run_fault(hundred):
 def test_images_are_rgb(hundred):
     sample = next(iter(ShardLoader(hundred, seed=0, batch_size=1)))[0].sample
     assert isinstance(sample.image, Image.Image) and sample.image.mode == "RGB" and sample.text.startswith("caption")
+
+
+def test_a_shard_that_vanishes_is_counted_and_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr("mmbackdoor.shards.read.SCAN_BYTES", 0)
+    write_set(tmp_path, 20, 5)
+    loader = ShardLoader(tmp_path, seed=0, batch_size=4, epochs=1)
+    (tmp_path / "set-000002.tar").unlink()
+    keys = {indexed.sample.key for batch in loader for indexed in batch}
+    assert len(keys) == 15 and loader.report.counts == {"unreadable": 1}

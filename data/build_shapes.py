@@ -1,0 +1,99 @@
+"""Draw captioned pictures of coloured shapes into webdataset shards: a text-to-image data set without a download.
+
+    python data/build_shapes.py --output_dir shapes                         # 16000 + 1000 + 2000 pictures of 32 pixels
+    python data/build_shapes.py --output_dir small --resolution 16 --train_samples 500 --shapes cross ring
+
+Train, selection and evaluation pictures show different attribute combinations. The same settings give the same bytes.
+Written are {train,selection,evaluation}-NNNNNN.tar, sizes.json, captions-SPLIT.txt, shapes.json and a dataset card.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from mmbackdoor.config import Doc
+from mmbackdoor.entry import main as run_main
+from mmbackdoor.shards.shapes import COLOURS, POSITIONS, SHAPES, SIZES, SPLITS, all_scenes, split_scenes
+from mmbackdoor.shards.shapes_data import write_card, write_shapes
+from mmbackdoor.types import InputError
+
+UNSTATED = "unstated"
+Shape = Literal[SHAPES]
+Colour = Literal[tuple(COLOURS)]
+Size = Literal[(*SIZES, UNSTATED)]
+Position = Literal[(*POSITIONS, UNSTATED)]
+Split = Literal[SPLITS]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Config:
+    output_dir: Annotated[Path, Doc("the folder to write into")] = Path("shapes")
+    resolution: Annotated[int, Field(ge=8, le=4096), Doc("side of the pictures in pixels")] = 32
+    train_samples: Annotated[Count, Doc("pictures in the split train")] = 16_000
+    selection_samples: Annotated[Count, Doc("pictures in the split selection")] = 1_000
+    evaluation_samples: Annotated[Count, Doc("pictures in the split evaluation")] = 2_000
+    splits: Annotated[tuple[Split, ...], Doc("the splits to write")] = SPLITS
+    shapes: Annotated[tuple[Shape, ...], Doc("the shapes to draw")] = SHAPES[:4]
+    colours: Annotated[tuple[Colour, ...], Doc("colours of shapes and backgrounds")] = tuple(COLOURS)
+    sizes: Annotated[tuple[Size, ...], Doc("sizes; unstated: any size, and the caption does not say")] = tuple(SIZES)
+    positions: Annotated[tuple[Position, ...], Doc("places; unstated: the middle, and the caption does not say")] = (
+        UNSTATED,
+    )
+    selection_fraction: Annotated[Fraction, Doc("share of attribute combinations for selection")] = 0.1
+    evaluation_fraction: Annotated[Fraction, Doc("share of attribute combinations for evaluation")] = 0.4
+    seed: Annotated[int, Doc("of the split and of the pictures")] = 0
+    samples_per_shard: Count = 1_000
+    image_format: Literal["png", "webp", "jpg"] = "png"
+    workers: Annotated[Count, Doc("processes that draw")] = 1
+    overwrite: Annotated[bool, Doc("replace shards that are there")] = False
+
+
+def main(cfg: Config) -> None:
+    lists = {"splits": cfg.splits, "shapes": cfg.shapes, "colours": cfg.colours}
+    for name, values in (lists | {"sizes": cfg.sizes, "positions": cfg.positions}).items():
+        if not values or len(set(values)) < len(values):
+            raise InputError(f"--{name} {' '.join(values)} is empty or names something twice; give each once")
+        if UNSTATED in values and len(values) > 1:
+            # A picture with an unstated size shows one of the stated ones, so the splits would overlap.
+            raise InputError(f"--{name} {' '.join(values)} is not possible: '{UNSTATED}' stands alone")
+    if cfg.selection_fraction + cfg.evaluation_fraction >= 1:
+        raise InputError(
+            f"--selection_fraction {cfg.selection_fraction} and --evaluation_fraction {cfg.evaluation_fraction} leave "
+            "nothing to train on; their sum must be below 1"
+        )
+    stated = [tuple(None if value == UNSTATED else value for value in some) for some in (cfg.sizes, cfg.positions)]
+    scenes = split_scenes(
+        all_scenes(cfg.shapes, cfg.colours, *stated), cfg.selection_fraction, cfg.evaluation_fraction, cfg.seed
+    )
+    counts = {
+        "train": cfg.train_samples,
+        "selection": cfg.selection_samples,
+        "evaluation": cfg.evaluation_samples,
+    }
+    for split in cfg.splits:
+        shards = write_shapes(
+            cfg.output_dir,
+            split,
+            scenes[split],
+            counts[split],
+            cfg.resolution,
+            cfg.seed,
+            cfg.samples_per_shard,
+            cfg.image_format,
+            cfg.workers,
+            cfg.overwrite,
+        )
+        print(f"{split}: {counts[split]} pictures of {len(scenes[split])} combinations in {len(shards)} shards")
+    written = {split: scenes[split] for split in cfg.splits}
+    write_card(cfg.output_dir, written, cfg.resolution, cfg.seed, cfg.image_format)
+    print(f"Done: --train_data '{cfg.output_dir}/train-*.tar'")
+
+
+if __name__ == "__main__":
+    run_main(Config, main, __doc__)

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data.build_shapes import Config, main
+from mmbackdoor.config import parse
+from mmbackdoor.shards.bad import BadSamples
+from mmbackdoor.shards.loader import ShardLoader
+from mmbackdoor.shards.read import expand, iterate_shard
+from mmbackdoor.types import InputError
+
+SMALL = ["--train_samples", "60", "--selection_samples", "30", "--evaluation_samples", "50", "--resolution", "16"]
+
+
+def test_three_splits_with_sizes_card_and_captions_disjoint_by_combination(tmp_path):
+    main(parse(Config, [*SMALL, "--samples_per_shard", "40", "--output_dir", str(tmp_path)]))
+    assert json.loads((tmp_path / "sizes.json").read_text()) == {
+        "train-000000.tar": 40,
+        "train-000001.tar": 20,
+        "selection-000000.tar": 30,
+        "evaluation-000000.tar": 40,
+        "evaluation-000001.tar": 10,
+    }
+    scenes, captions = {}, {}
+    for split in ("train", "selection", "evaluation"):
+        report = BadSamples()
+        samples = [s for path in expand(f"{tmp_path}/{split}-*.tar") for s in iterate_shard(path, report)]
+        assert not report.total and all(s.image.size == (16, 16) and s.meta["split"] == split for s in samples)
+        scenes[split] = {s.meta["scene"] for s in samples}
+        captions[split] = set((tmp_path / f"captions-{split}.txt").read_text().splitlines())
+        assert {s.text for s in samples} <= captions[split]
+    for first, second in (("train", "selection"), ("train", "evaluation"), ("selection", "evaluation")):
+        assert not scenes[first] & scenes[second] and not captions[first] & captions[second]
+    card = (tmp_path / "README.md").read_text()
+    assert card.startswith("---\nlicense:") and "| train | 60 | 224 |" in card
+    loader = ShardLoader(f"{tmp_path}/train-*.tar", seed=0, batch_size=10, epochs=1)
+    assert sum(len(batch) for batch in loader) == 60
+
+
+def test_options_reach_the_pictures(tmp_path):
+    flags = ["--shapes", "star", "heart", "--colours", "red", "blue", "pink", "--sizes", "unstated"]
+    flags += ["--positions", "left", "right", "--splits", "train", "--image_format", "webp", "--train_samples", "40"]
+    main(parse(Config, [*SMALL, *flags, "--output_dir", str(tmp_path)]))
+    samples = list(iterate_shard(str(tmp_path / "train-000000.tar"), BadSamples()))
+    assert len(samples) == 40 and not list(tmp_path.glob("evaluation*"))
+    assert {s.meta["shape"] for s in samples} == {"star", "heart"} and {s.meta["size"] for s in samples} == {None}
+    assert {s.meta["colour"] for s in samples} <= {"red", "blue", "pink"}
+    assert all(s.text.endswith(("on the left", "on the right")) for s in samples)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--selection_fraction", "0.5", "--evaluation_fraction", "0.5"],
+        ["--sizes", "small", "unstated"],
+        ["--shapes", "cross", "cross"],
+        ["--shapes", "hexagon"],
+        ["--resolution", "2"],
+        ["--selection_fraction", "0"],
+        ["--colours", "red"],
+    ],
+    ids=" ".join,
+)
+def test_impossible_settings_are_input_errors(tmp_path, flags):
+    with pytest.raises(InputError):
+        main(parse(Config, [*SMALL, *flags, "--splits", "selection", "--output_dir", str(tmp_path / "out")]))
+    assert not list((tmp_path / "out").glob("*.tar"))
+
+
+def test_the_script_runs_and_a_mistake_is_one_sentence(tmp_path):
+    script = str(Path(__file__).parents[2] / "data" / "build_shapes.py")
+    command = [sys.executable, script, *SMALL, "--output_dir", str(tmp_path / "with space é")]
+    options = {"capture_output": True, "text": True, "env": os.environ | {"PYTHONPATH": str(Path(script).parents[1])}}
+    assert "train: 60 pictures" in subprocess.run(command, check=True, **options).stdout
+    wrong = subprocess.run([*command, "--train_samples", "61"], **options)
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "--overwrite" in wrong.stderr
