@@ -115,7 +115,9 @@ def _expand_one(spec: str) -> list[str]:
     missing = [path for path in paths if not os.path.isfile(path)]
     locked = [path for path in paths if not missing and not os.access(path, os.R_OK)]
     if locked:
-        raise InputError(f"{len(locked)} of {len(paths)} shards may not be read, the first is {locked[0]!r}; see its rights")
+        raise InputError(
+            f"{len(locked)} of {len(paths)} shards may not be read, the first is {locked[0]!r}; see its rights"
+        )
     if missing:
         raise InputError(
             f"{len(missing)} of {len(paths)} shards of {spec!r} do not exist, the first is {missing[0]!r}; "
