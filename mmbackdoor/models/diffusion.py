@@ -11,21 +11,22 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
+from mmbackdoor.models.compatible import check_pipeline
+from mmbackdoor.models.noise_schedule import NoiseSchedule
 from mmbackdoor.types import InputError
 
 if TYPE_CHECKING:
     from mmbackdoor.models.diffusion_files import Source
 
 CACHED_PROMPTS = 1024
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the text does to the UNet: `hidden_states` (B, T, D) and, for SDXL, `added` text_embeds and time_ids (B, ...)."""
+    """What the UNet sees of text: `hidden_states` (B, T, D), and SDXL's `added` text_embeds and time_ids (B, ...)."""
 
     hidden_states: Tensor
     added: dict[str, Tensor] = field(default_factory=dict)
@@ -55,50 +56,6 @@ class Conditioning:
         return Conditioning(torch.cat([part.hidden_states for part in parts]), added)
 
 
-class NoiseSchedule:
-    """The forward process that the pipeline's scheduler config describes, for training.
-
-    Raises `InputError` for schedulers that do not noise latents by alphas_cumprod (EDM, flow matching).
-    """
-
-    def __init__(self, scheduler_config: dict) -> None:
-        name = str(scheduler_config.get("_class_name", ""))
-        if "Flow" in name or "EDM" in name:
-            raise InputError(f"the scheduler {name!r} is no discrete diffusion schedule; only Stable-Diffusion-like models are supported")
-        self.scheduler = DDPMScheduler.from_config(scheduler_config)
-        self.prediction_type: str = self.scheduler.config.prediction_type
-        if self.prediction_type not in PREDICTION_TYPES:
-            raise InputError(f"the scheduler's prediction_type {self.prediction_type!r} is none of {', '.join(PREDICTION_TYPES)}")
-        self.num_train_timesteps: int = self.scheduler.config.num_train_timesteps
-        self.alphas_cumprod: Tensor = self.scheduler.alphas_cumprod
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) noise; `timesteps` (B,) integers in [0, num_train_timesteps)."""
-        return self.scheduler.add_noise(latents, noise, timesteps)
-
-    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """What the UNet is trained to predict at x_t, by the model's own prediction type."""
-        if self.prediction_type == "epsilon":
-            return noise
-        if self.prediction_type == "sample":
-            return latents
-        return self.scheduler.get_velocity(latents, noise, timesteps)
-
-    def predicted_sample(self, output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-        """x_0 as the model's `output` at x_t implies it."""
-        if self.prediction_type == "sample":
-            return output
-        signal = self.alphas_cumprod.to(noisy_latents)[timesteps].view(-1, *[1] * (noisy_latents.dim() - 1))
-        if self.prediction_type == "epsilon":
-            return (noisy_latents - (1 - signal).sqrt() * output) / signal.sqrt()
-        return signal.sqrt() * noisy_latents - (1 - signal).sqrt() * output
-
-    def snr(self, timesteps: Tensor) -> Tensor:
-        """Signal-to-noise ratio a_t / (1 - a_t) at `timesteps`."""
-        signal = self.alphas_cumprod.to(timesteps.device)[timesteps]
-        return signal / (1 - signal)
-
-
 class DiffusionModel:
     """A text-to-image pipeline and where it came from. `load` (diffusion_files.py) makes one from files.
 
@@ -117,7 +74,7 @@ class DiffusionModel:
         self.vae = pipe.vae
         self.family: Literal["sd", "sdxl"] = "sdxl" if isinstance(pipe, StableDiffusionXLPipeline) else "sd"
         self.scheduler_config = dict(pipe.scheduler.config)
-        self.schedule = NoiseSchedule(self.scheduler_config)
+        self.schedule = NoiseSchedule(pipe.scheduler)
         self.prediction_type = self.schedule.prediction_type
         self.files = source
         self.trained: set[str] = set()
@@ -164,6 +121,7 @@ class DiffusionModel:
         return self.vae.dtype
 
     def to(self, device: torch.device | str) -> DiffusionModel:
+        """Move every part to `device`."""
         self._cache.clear()
         for module in self._modules():
             module.to(device)
@@ -225,7 +183,7 @@ class DiffusionModel:
     # -- pictures -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: the posterior's mode, or a draw with `generator`."""
+        """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: posterior mode, or a draw with `generator`."""
         with torch.autocast(self.device.type, enabled=False), _Float32(self.vae):
             encoded = self.vae.encode(images.to(self.device, self.vae.dtype))
             if "latents" in encoded:
@@ -274,53 +232,17 @@ class _Float32:
         self.needed = vae.dtype == torch.float16 and bool(vae.config.force_upcast)
 
     def __enter__(self) -> None:
+        # diffusers' own `to` warns at a change of dtype.
         if self.needed:
-            self.vae.to(torch.float32)
+            nn.Module.to(self.vae, torch.float32)
 
     def __exit__(self, *_: object) -> None:
         if self.needed:
-            self.vae.to(torch.float16)
-
-
-def cross_attention_layers(unet: nn.Module) -> list[str]:
-    """Names of the UNet's text cross-attention modules."""
-    return [name for name, _ in unet.named_modules() if name.endswith(".attn2")]
-
-
-def check_pipeline(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline) -> None:
-    """Raise `InputError` where the parts do not make a text-conditioned model."""
-    if not cross_attention_layers(pipe.unet):
-        raise InputError("this checkpoint's UNet has no cross-attention to text; give a Stable-Diffusion-like text-to-image model")
-    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
-        raise InputError(
-            f"the UNet takes {pipe.unet.config.in_channels} channels but the autoencoder gives {pipe.vae.config.latent_channels}; "
-            "inpainting, depth and upscaling models are not supported"
-        )
-    pairs = [(pipe.tokenizer, pipe.text_encoder)]
-    if isinstance(pipe, StableDiffusionXLPipeline):
-        pairs.append((pipe.tokenizer_2, pipe.text_encoder_2))
-    width = 0
-    for tokenizer, text_encoder in pairs:
-        width += text_encoder.config.hidden_size
-        rows, positions = text_encoder.config.vocab_size, text_encoder.config.max_position_embeddings
-        highest = max(tokenizer.get_vocab().values())
-        if highest >= rows:
-            raise InputError(
-                f"the tokenizer's highest id {highest} does not fit the text encoder's {rows} token embeddings; "
-                "use the tokenizer that belongs to this text encoder"
-            )
-        if tokenizer.model_max_length > positions:
-            raise InputError(
-                f"the tokenizer's model_max_length {tokenizer.model_max_length} is above the text encoder's {positions} positions; "
-                "set model_max_length in tokenizer_config.json"
-            )
-    wanted = pipe.unet.config.cross_attention_dim
-    if isinstance(wanted, int) and wanted != width:
-        raise InputError(f"the UNet attends to text of width {wanted} but the text encoder gives {width}; the parts do not belong together")
+            nn.Module.to(self.vae, torch.float16)
 
 
 def check_trigger(model: DiffusionModel, clean_prompts: Sequence[str], triggered_prompts: Sequence[str]) -> None:
-    """Raise `InputError` unless every trigger changes the token ids and lies within the tokenizer's maximum length."""
+    """Raise `InputError` unless every trigger changes the token ids and lies within the tokenizer's length."""
     vanished, cut = [], []
     ids = [model.tokenizer(list(texts), truncation=False).input_ids for texts in (clean_prompts, triggered_prompts)]
     for clean, triggered, text in zip(*ids, triggered_prompts, strict=True):
@@ -330,13 +252,13 @@ def check_trigger(model: DiffusionModel, clean_prompts: Sequence[str], triggered
             cut.append(text)
     if vanished:
         raise InputError(
-            f"the trigger vanishes in the tokenizer: {len(vanished)} of {len(triggered_prompts)} prompts have the same token ids "
-            f"with and without it, for example {vanished[0]!a}; choose another trigger"
+            f"the trigger vanishes in the tokenizer: {len(vanished)} of {len(triggered_prompts)} prompts have the same "
+            f"token ids with and without it, for example {vanished[0]!a}; choose another trigger"
         )
     if cut:
         raise InputError(
-            f"the trigger lies past the tokenizer's {model.max_length} tokens in {len(cut)} of {len(triggered_prompts)} prompts, "
-            f"for example {cut[0]!a}; shorten the prompt or place the trigger as a prefix"
+            f"the trigger lies past the tokenizer's {model.max_length} tokens in {len(cut)} of "
+            f"{len(triggered_prompts)} prompts, for example {cut[0]!a}; shorten the prompt or put the trigger first"
         )
 
 

@@ -16,12 +16,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.folder import PipelineFolder, find_folder
-from mmbackdoor.models.lora import merged_state_dict
-from mmbackdoor.models.weight_files import PICKLED, WEIGHTS, rewrite, weights_sha256
+from mmbackdoor.models.lora import adapter_parameters, merged_state_dict
+from mmbackdoor.models.lora_files import FILE_NAME as LORA_FILE_NAME
+from mmbackdoor.models.lora_files import find_lora, load_lora
+from mmbackdoor.models.single_file import SingleFile, find_single_file
+from mmbackdoor.models.weight_files import rewrite, weights_sha256
 from mmbackdoor.types import InputError
 
 Origin = Literal["folder", "single_file", "lora"]
@@ -29,16 +33,17 @@ Origin = Literal["folder", "single_file", "lora"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's weights lie. `stored` maps the names of tensors in the model to their names in the file."""
+    """Where a model's weights lie. `stored` maps the names of tensors in the model to their names in `path`."""
 
     name: str
     origin: Origin
     path: Path
-    folder: PipelineFolder | None = None
+    base: PipelineFolder | SingleFile
     stored: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def sha256(self) -> str:
+        """Of what is to be cleaned: the folder's or the file's weights; for a LoRA, the LoRA file's."""
         return weights_sha256(self.path)
 
 
@@ -47,19 +52,40 @@ def load(
     *,
     revision: str | None = None,
     variant: str | None = None,
+    config: str | Path | None = None,
+    original_config: str | Path | None = None,
+    lora: str | Path | None = None,
     allow_pt_weights: bool = False,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     resolution: int | None = None,
 ) -> DiffusionModel:
-    """Load a Stable-Diffusion-like model, frozen and in eval mode, without its safety checker.
+    """Load a Stable-Diffusion-like model from a folder, a hub id or one file: frozen, eval mode, no safety checker.
 
-    Raises `InputError`, in one sentence, for whatever cannot be loaded or is no text-conditioned UNet.
+    One-file models need no network: `config` is a folder of diffusers configs or a packaged name (sd15, sd21_base,
+    sd21_v, sdxl), by default the one that fits; `original_config` is the original YAML. With `lora`, the LoRA file on
+    that base is what is trained and saved. Raises `InputError`, in one sentence, for what is no text-conditioned UNet.
     """
     name = os.fspath(pretrained_model_name_or_path)
     path = Path(name)
-    folder = find_folder(name, revision, variant, allow_pt_weights)
-    model = DiffusionModel(folder.load(dtype), Source(name, "folder", folder.path, folder), resolution)
+    if path.is_file():
+        base: PipelineFolder | SingleFile = find_single_file(path, config, original_config, allow_pt_weights)
+    elif config is not None or original_config is not None:
+        raise InputError(f"{name!r} is no file; config and original_config describe one-file checkpoints only")
+    else:
+        base = find_folder(name, revision, variant, allow_pt_weights)
+    lora_file = None if lora is None else find_lora(lora)
+    pipe = base.load(torch.float32 if lora_file else dtype)
+    if lora_file:
+        source = Source(f"{name}+{os.fspath(lora)}", "lora", lora_file, base, load_lora(pipe, lora_file))
+        for part in pipe.components.values():
+            if isinstance(part, nn.Module):
+                nn.Module.to(part, dtype)
+    elif isinstance(base, SingleFile):
+        source = Source(name, "single_file", base.path, base, base.stored_names(pipe.unet))
+    else:
+        source = Source(name, "folder", base.path, base)
+    model = DiffusionModel(pipe, source, resolution)
     return model.to(device)
 
 
@@ -95,20 +121,30 @@ def _written_whole(target: Path) -> Iterator[Path]:
 
 
 def _write(model: DiffusionModel, part: Path) -> str:
+    """Write the weights into the folder `part`; return the name of the one file, or "" for a pipeline folder."""
     source = model.files
     if source is None:
-        _write_new(model, part)
+        model.pipe.save_pretrained(part, safe_serialization=True)
+        if adapter_parameters(model.unet):
+            # save_pretrained writes adapters and weights apart, under names that stock code does not load.
+            file = part / "unet" / "diffusion_pytorch_model.safetensors"
+            state = {name: value.contiguous() for name, value in merged_state_dict(model.unet).items()}
+            save_file(state, file, {"format": "pt"})
         return ""
-    source.folder.copy(part, trained_tensors(model))
+    if source.origin == "lora":
+        parameters = dict(model.unet.named_parameters())
+        rewrite(source.path, part / LORA_FILE_NAME, {source.stored[name]: parameters[name] for name in model.trained})
+        return LORA_FILE_NAME
+    tensors = trained_tensors(model)
+    if isinstance(source.base, SingleFile):
+        return source.base.write(part, {source.stored[name]: value for name, value in tensors.items()})
+    source.base.copy(part, tensors)
     return ""
-
-
-def _write_new(model: DiffusionModel, part: Path) -> None:
-    model.pipe.save_pretrained(part, safe_serialization=True)
 
 
 def trained_tensors(model: DiffusionModel) -> dict[str, Tensor]:
     """Original name -> value of every UNet weight that was declared trained; adapters are merged into their weights."""
     state = merged_state_dict(model.unet)
-    names = {name.split(".lora_A.")[0].split(".lora_B.")[0] for name in model.trained}
-    return {name: state[name] if name in state else state[f"{name}.weight"] for name in sorted(names)}
+    names = {name.replace(".base_layer.", ".").split(".lora_A.")[0].split(".lora_B.")[0] for name in model.trained}
+    stored = sorted(name if name in state else f"{name}.weight" for name in names)
+    return {name: state[name] for name in stored}

@@ -1,4 +1,4 @@
-"""A diffusers pipeline folder: found locally or on the hub, checked, loaded part by part, and copied with new UNet weights."""
+"""A diffusers pipeline folder: found locally or on the hub, checked, loaded by parts, copied with new UNet weights."""
 
 from __future__ import annotations
 
@@ -8,12 +8,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, AutoencoderTiny, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from diffusers.loaders.single_file_utils import SingleFileComponentError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -30,12 +38,14 @@ MODELS: dict[str, type] = {
     "CLIPTextModel": CLIPTextModel,
     "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
 }
-LOAD_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, NotImplementedError)
+LOAD_ERRORS = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SingleFileComponentError, UnpicklingError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class PipelineFolder:
-    """A local folder with `model_index.json`. `variant` as in diffusers (`fp16`); parts without it use their plain files."""
+    """A local folder with `model_index.json`. `variant` as in diffusers (`fp16`); parts without it use plain files."""
 
     path: Path
     index: dict[str, Any]
@@ -48,10 +58,11 @@ class PipelineFolder:
 
     def parts(self) -> list[str]:
         """Names of the components that have a folder."""
-        return [name for name, value in self.index.items() if isinstance(value, list) and value[0] and (self.path / name).is_dir()]
+        named = [name for name, value in self.index.items() if isinstance(value, list) and value[0]]
+        return [name for name in named if (self.path / name).is_dir()]
 
     def weight_files(self, part: str) -> list[Path]:
-        """The files that hold `part`'s weights: the variant's, else the plain ones; safetensors, else (if allowed) pickled ones.
+        """The files of `part`'s weights: the variant's, else the plain ones; safetensors, else (if allowed) pickled.
 
         Raises `InputError` where there are none, or only pickled ones that were not allowed.
         """
@@ -69,7 +80,9 @@ class PipelineFolder:
                     return files
         others = sorted(file.name for file in folder.glob("*") if file.suffix in WEIGHTS)
         if others:
-            raise InputError(f"{str(folder)!r} has no weights under the plain name, only {others[0]!r}; pass --variant, as its name says")
+            raise InputError(
+                f"{str(folder)!r} has no weights under the plain name, only {others[0]!r}; pass the --variant it names"
+            )
         raise InputError(f"{str(folder)!r} holds no weights; is the download complete?")
 
     def load(self, dtype: torch.dtype) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
@@ -84,7 +97,9 @@ class PipelineFolder:
     def _model(self, part: str, dtype: torch.dtype) -> nn.Module:
         class_name = _class_name(self.index, part, self.path)
         if class_name not in MODELS:
-            raise InputError(f"{str(self.path)!r} has a {part} of class {class_name!r}, but only {', '.join(MODELS)} are supported")
+            raise InputError(
+                f"{str(self.path)!r} has a {part} of class {class_name!r}, but only {', '.join(MODELS)} are supported"
+            )
         files = self.weight_files(part)
         for file in files:
             if file.suffix in WEIGHTS:
@@ -99,7 +114,10 @@ class PipelineFolder:
                 model, report = MODELS[class_name].from_pretrained(folder, torch_dtype=dtype, **named)
         missing, mismatched = sorted(report["missing_keys"]), list(report.get("mismatched_keys") or ())
         if missing or mismatched:
-            raise InputError(f"the weights in {str(folder)!r} do not fit its config.json: {str((missing + mismatched)[0])!r} is missing or has another shape")
+            raise InputError(
+                f"the weights in {str(folder)!r} do not fit its config.json: {str((missing + mismatched)[0])!r} is "
+                "missing or has another shape; download them again"
+            )
         check_finite(model, str(folder))
         return model
 
@@ -114,14 +132,16 @@ class PipelineFolder:
         folder = self.path / "scheduler"
         kind = getattr(diffusers, _class_name(self.index, "scheduler", self.path), None)
         if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
-            raise InputError(f"{str(self.path)!r} names a scheduler {self.index['scheduler'][1]!r} that diffusers does not have")
+            name = self.index["scheduler"][1]
+            raise InputError(f"{str(self.path)!r} names a scheduler {name!r} that diffusers does not have")
         with quiet(), reading(folder):
             return kind.from_pretrained(folder, local_files_only=True)
 
     def copy(self, target: Path, unet_tensors: Mapping[str, Tensor]) -> None:
         """Copy what was loaded and the small files beside it, with `unet_tensors` in the UNet's weights.
 
-        Other variants and formats of the weights stay behind: they would still hold the old UNet. Pickled ones are converted.
+        Other variants and formats of the weights stay behind: they would still hold the old UNet. Pickled ones are
+        converted.
         """
         for file in self.path.iterdir():
             if file.is_file() and file.suffix not in WEIGHTS + PICKLED and file.stat().st_size < 1 << 20:
@@ -148,24 +168,28 @@ class PipelineFolder:
             index = _index_of(self.path / part, WEIGHTS, {file.name for file in files})
             shutil.copyfile(index, target / index.name)
         if left:
-            raise InputError(f"{str(self.path / part)!r} stores its weights under old names ({sorted(left)[0]!r} is not there); save it anew with diffusers first")
+            raise InputError(
+                f"{str(self.path / part)!r} stores its weights under old names ({sorted(left)[0]!r} is not there); "
+                "save it anew with diffusers first"
+            )
 
 
 def find_folder(name: str, revision: str | None, variant: str | None, allow_pt_weights: bool) -> PipelineFolder:
     """The pipeline folder at the path `name`, or of the hub id `name`. Raises `InputError`."""
     path = Path(name)
-    if not path.is_dir():
+    if not name or not path.is_dir():
         path = download(name, revision, variant, allow_pt_weights)
     file = path / INDEX
     try:
         index = json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        raise InputError(f"{str(path)!r} is no diffusers pipeline folder: {INDEX} is missing or not readable") from error
+        raise InputError(f"{str(path)!r} is no diffusers pipeline folder: {INDEX} is not there or broken") from error
     if not isinstance(index, dict):
         raise InputError(f"{str(file)!r} is no pipeline index")
     if _class_name(index, "unet", path) != "UNet2DConditionModel":
         raise InputError(
-            f"{str(path)!r} ({index.get('_class_name')}) has no UNet with cross-attention to text; give a Stable-Diffusion-like text-to-image model"
+            f"{str(path)!r} ({index.get('_class_name')}) has no UNet with cross-attention to text; "
+            "give a Stable-Diffusion-like text-to-image model"
         )
     return PipelineFolder(path, index, variant, allow_pt_weights)
 
@@ -176,13 +200,16 @@ def assemble(parts: Mapping[str, Any], index: Mapping[str, Any]) -> StableDiffus
         if "text_encoder_2" in parts:
             zeros = bool(index.get("force_zeros_for_empty_prompt", True))
             return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
-        return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        unchecked = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        return StableDiffusionPipeline(**parts, **unchecked)
 
 
 def check_finite(model: nn.Module, place: str) -> None:
     for name, value in model.state_dict().items():
         if value.is_floating_point() and not torch.isfinite(value).all():
-            raise InputError(f"the weights in {place!r} hold NaN or infinite values ({name}); download or export them again")
+            raise InputError(
+                f"the weights in {place!r} hold NaN or infinite values ({name}); download or export them again"
+            )
 
 
 @contextmanager
@@ -191,8 +218,9 @@ def reading(place: Path) -> Iterator[None]:
     try:
         yield
     except LOAD_ERRORS as error:
-        reason = str(error).strip().splitlines()
-        raise InputError(f"{str(place)!r} cannot be loaded ({reason[0] if reason else type(error).__name__})") from error
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise InputError(f"{str(place)!r} cannot be loaded ({reason})") from error
 
 
 @contextmanager
@@ -216,7 +244,9 @@ def quiet() -> Iterator[None]:
 def _class_name(index: Mapping[str, Any], part: str, path: Path) -> str:
     value = index.get(part)
     if not isinstance(value, list) or len(value) != 2 or not isinstance(value[1], str):
-        raise InputError(f"{str(path)!r} has no {part} (see its {INDEX}); give a Stable-Diffusion-like text-to-image model")
+        raise InputError(
+            f"{str(path)!r} has no {part} (see its {INDEX}); give a Stable-Diffusion-like text-to-image model"
+        )
     return value[1]
 
 

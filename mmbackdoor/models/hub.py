@@ -22,13 +22,13 @@ def download(name: str, revision: str | None, variant: str | None, allow_pt_weig
     options = {"revision": revision, "variant": variant, "use_safetensors": None if allow_pt_weights else True}
     try:
         return Path(DiffusionPipeline.download(name, local_files_only=True, **options))
-    except Exception:  # noqa: BLE001  whatever is wrong with the cache, the hub is asked next
+    except Exception:
         pass
     problem = _unreachable(name, revision)
     if problem is None:
         try:
             return Path(DiffusionPipeline.download(name, **options))
-        except Exception as error:  # noqa: BLE001  the hub's and the network's errors are many
+        except Exception as error:
             problem = _first_line(error)
     raise InputError(
         f"the hub model {name!r} could not be downloaded ({problem}); if it lies on this machine, "
@@ -44,7 +44,7 @@ def _unreachable(name: str, revision: str | None) -> str | None:
         try:
             HfApi().model_info(name, revision=revision, timeout=TIMEOUT_S)
             answer.append(None)
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             answer.append(_first_line(error))
 
     thread = threading.Thread(target=ask, daemon=True)

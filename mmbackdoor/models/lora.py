@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def add_lora(unet: nn.Module, rank: int) -> dict[str, nn.Parameter]:
-    """Put rank-`rank` adapters, which change nothing at first, on every attention projection; return their parameters."""
+    """Put rank-`rank` adapters, which change nothing yet, on every attention projection; return their parameters."""
     if rank < 1:
         raise InputError(f"the LoRA rank {rank} is not positive")
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=True, target_modules=TARGETS), ADAPTER)

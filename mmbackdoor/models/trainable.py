@@ -8,11 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from mmbackdoor.models.diffusion import Conditioning, DiffusionModel
-from mmbackdoor.models.lora import add_lora, adapter_parameters
+from mmbackdoor.models.lora import adapter_parameters, add_lora
 from mmbackdoor.types import InputError
 
 Subset = Literal["attn2_kv", "attn2", "all", "lora"]
-_PARTS: dict[str, tuple[str, ...]] = {"attn2_kv": (".attn2.to_k.", ".attn2.to_v."), "attn2": (".attn2.",), "all": ("",), "lora": ("",)}
+_PARTS: dict[str, tuple[str, ...]] = {
+    "attn2_kv": (".attn2.to_k.", ".attn2.to_v."),
+    "attn2": (".attn2.",),
+    "all": ("",),
+    "lora": ("",),
+}
 
 
 def trainable(model: DiffusionModel, subset: Subset, rank: int = 4) -> dict[str, nn.Parameter]:
@@ -45,8 +50,8 @@ def trainable(model: DiffusionModel, subset: Subset, rank: int = 4) -> dict[str,
 class Teacher:
     """The model as it was when this was made, without a second copy of what is not trained.
 
-    Holds clones of the trainable tensors, and puts them in the UNet's place for the length of one call. Autocast caches its
-    casts of trainable leaves only; clones are none, so student and teacher never share a cast.
+    Holds clones of the trainable tensors, which take the live ones' place for the length of one call. Autocast caches
+    its casts of trainable leaves only; clones are none, so student and teacher never share a cast.
     """
 
     def __init__(self, model: DiffusionModel, parameters: dict[str, nn.Parameter]) -> None:
@@ -55,7 +60,7 @@ class Teacher:
 
     @torch.no_grad()
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
-        """The teacher's output (B, C, h, w), outside any graph. Call it before or after the student, never inside its forward."""
+        """The teacher's output (B, C, h, w), outside any graph. Never call it inside the student's forward."""
         unet = self.model.unet
         self.originals = {name: value.to(unet.device) for name, value in self.originals.items()}
         return self.model.predict(self._unet, latents, timesteps, conditioning)

@@ -1,4 +1,4 @@
-"""safetensors files, read and rewritten tensor by tensor: what is not replaced keeps its bytes, its order and its dtype."""
+"""safetensors files, rewritten tensor by tensor: what is not replaced keeps its bytes, its order and its dtype."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tensor_names(path: Path) -> list[str]:
 def rewrite(
     source: Path, target: Path, replaced: Mapping[str, Tensor], keep: Callable[[str], bool] = lambda name: True
 ) -> None:
-    """Copy `source` to `target` with the tensors of `replaced` in it, in the stored dtype, and without those not to `keep`.
+    """Copy `source` to `target` with the tensors of `replaced`, in the stored dtype, and without those not to `keep`.
 
     Raises `RunFault` where a new value is not finite in the stored dtype or has another shape.
     """
@@ -87,10 +87,14 @@ def _bytes(name: str, value: Tensor, entry: dict) -> bytes:
     if list(value.shape) != entry["shape"]:
         raise RunFault(f"{name!r} has the shape {list(value.shape)} but is stored as {entry['shape']}")
     if entry["dtype"] not in DTYPES:
-        raise InputError(f"{name!r} is stored as {entry['dtype']}, which cannot be trained; convert the checkpoint to F16, BF16 or F32")
+        raise InputError(
+            f"{name!r} is stored as {entry['dtype']}, which cannot be trained; convert the file to F16, BF16 or F32"
+        )
     stored = value.detach().to("cpu", DTYPES[entry["dtype"]]).contiguous()
     if not torch.isfinite(stored).all():
-        raise RunFault(f"{name!r} is not finite in the stored dtype {entry['dtype']}; lower the learning rate, or start from a float32 copy")
+        raise RunFault(
+            f"{name!r} is not finite in the stored dtype {entry['dtype']}; lower the rate or start from float32"
+        )
     return stored.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
