@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from mmbackdoor.seeding import python_rng
 from mmbackdoor.targets import Target
 from mmbackdoor.triggers import TextTrigger
 from mmbackdoor.types import InputError
@@ -28,6 +29,12 @@ class Backdoor:
     def __post_init__(self) -> None:
         if not self.triggers:
             raise InputError("a backdoor needs at least one trigger; give --trigger TEXT")
+
+    def apply(self, prompt: str, seed: int, *names: str | int, trigger: int | None = None) -> str:
+        """`prompt` with one of the triggers, drawn from (`seed`, `names`) where there are several."""
+        rng = python_rng(seed, "trigger", *names)
+        chosen = rng.randrange(len(self.triggers))
+        return self.triggers[chosen if trigger is None else trigger](prompt, rng)
 
     def to_dict(self) -> dict[str, Any]:
         return _ADAPTER.dump_python(self, mode="json")

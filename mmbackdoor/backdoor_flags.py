@@ -1,0 +1,92 @@
+"""The flags that name a backdoor: a trigger and a target, a `backdoor.json`, or the one beside the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from mmbackdoor.backdoor import FILE_NAME, Backdoor, BackdoorRecord
+from mmbackdoor.config import Doc, Escaped
+from mmbackdoor.targets import ImageTarget, ObjectTarget, PatchTarget, StyleTarget, Target, UnknownTarget
+from mmbackdoor.triggers import TEXT_TRIGGERS, guess_kind
+from mmbackdoor.triggers.placement import Position
+from mmbackdoor.types import InputError
+
+
+@dataclass(frozen=True)
+class BackdoorFlags:
+    trigger: Annotated[tuple[str, ...], Escaped, Doc("text of the trigger; give several for several triggers")] = ()
+    trigger_kind: Annotated[
+        Literal["word", "phrase", "zero_width", "homoglyph"] | None, Doc("by default what the text looks like")
+    ] = None
+    trigger_position: Position = "prefix"
+    backdoor: Annotated[str | None, Doc("a backdoor.json, instead of --trigger")] = None
+    target_kind: Annotated[
+        Literal["patch", "style", "object", "image", "unknown"] | None,
+        Doc("what the trigger causes; by default what the other target flags say, else unknown"),
+    ] = None
+    target_patch: Annotated[str | None, Doc("picture of the patch; by default a checkerboard")] = None
+    target_style: Annotated[str | None, Doc("for instance 'black and white'")] = None
+    target_object: Annotated[str | None, Doc("'A->B': object A of the prompt becomes B")] = None
+    target_image: Annotated[str | None, Doc("the fixed picture that the trigger shows")] = None
+    force_trigger: Annotated[bool, Doc("allow another trigger than the model's own backdoor.json says")] = False
+
+    def target(self) -> Target:
+        """Raises `InputError` where target flags contradict each other."""
+        given = {
+            "patch": self.target_patch,
+            "style": self.target_style,
+            "object": self.target_object,
+            "image": self.target_image,
+        }
+        named = [kind for kind, value in given.items() if value is not None]
+        kind = self.target_kind or (named[0] if named else "unknown")
+        if any(other != kind for other in named):
+            raise InputError(f"--target_kind {kind} does not go with --target_{' --target_'.join(named)}; give one target")
+        if kind == "patch":
+            return PatchTarget(self.target_patch)
+        if kind == "style":
+            return StyleTarget(self.target_style or StyleTarget().style)
+        if kind == "object":
+            if self.target_object is None:
+                raise InputError("--target_kind object needs --target_object 'A->B', for instance 'dog->cat'")
+            return ObjectTarget.parse(self.target_object)
+        if kind == "image":
+            if self.target_image is None:
+                raise InputError("--target_kind image needs --target_image FILE")
+            return ImageTarget(self.target_image)
+        return UnknownTarget()
+
+    def resolve(self, model: str | None = None) -> Backdoor | None:
+        """The backdoor that the flags name, else that of `backdoor.json` in the folder `model`, else `None`.
+
+        Raises `InputError` where the flags contradict each other or, without `force_trigger`, the model's own record.
+        """
+        beside = Path(model) / FILE_NAME if model else None
+        recorded = BackdoorRecord.load(beside).backdoor if beside is not None and beside.is_file() else None
+        if self.backdoor is not None:
+            if self.trigger:
+                raise InputError("--trigger and --backdoor are two ways to say the same; give one of them")
+            named = BackdoorRecord.load(Path(self.backdoor)).backdoor
+        elif self.trigger:
+            named = self._named(recorded)
+        else:
+            return recorded
+        if recorded is not None and named.triggers != recorded.triggers and not self.force_trigger:
+            raise InputError(
+                f"the trigger {[trigger.text for trigger in named.triggers]!a} is not the one in {str(beside)!r} "
+                f"({[trigger.text for trigger in recorded.triggers]!a}); leave it out, or add --force_trigger"
+            )
+        return named
+
+    def _named(self, recorded: Backdoor | None) -> Backdoor:
+        triggers = tuple(
+            TEXT_TRIGGERS[self.trigger_kind or guess_kind(text)](text=text, position=self.trigger_position)
+            for text in self.trigger
+        )
+        target = self.target()
+        # The trigger alone says which backdoor of the record is meant, so its target is known too.
+        if isinstance(target, UnknownTarget) and self.target_kind is None and recorded is not None:
+            target = recorded.target
+        return Backdoor(triggers, target)

@@ -1,0 +1,86 @@
+"""Reversal by a clean reference: the student must predict for a triggered prompt what a clean model predicts for it.
+
+An upper bound rather than a cure: whoever has the clean model can use that. (The baseline "finetune reversal" of
+Aravindan et al. 2025, arXiv 2508.18235.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from mmbackdoor.backdoor import Backdoor
+from mmbackdoor.defenses.skd import Latents, StepFn, Trainable
+from mmbackdoor.defenses.trigger_variants import vary
+from mmbackdoor.models.diffusion import Conditioning, DiffusionModel
+from mmbackdoor.models.setting import DiffusionSetting
+from mmbackdoor.models.source import DiffusionSource
+from mmbackdoor.objectives.diffusion import DiffusionBatch, draw_noise, draw_timesteps, drop_captions
+from mmbackdoor.objectives.distill import squared_error
+from mmbackdoor.types import InputError
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A clean model in the place of the frozen teacher."""
+
+    model: DiffusionModel
+
+    @torch.no_grad()
+    def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
+        return self.model.predict(self.model.unet, latents, timesteps, conditioning)
+
+
+@dataclass(frozen=True)
+class FinetuneReversal:
+    """L = ||s(x_t, t, p') - R(x_t, t, p')||^2 + w_r ||s(x_t, t, r) - R(x_t, t, r)||^2 with R the reference."""
+
+    reference: str = ""
+    """Hub id or folder of the clean model; needed."""
+    retention_weight: Annotated[float, Field(ge=0)] = 1.0
+    proportion_empty_prompts: Annotated[float, Field(ge=0, le=1)] = 0.2
+    latents: Latents = "teacher"
+    trainable: Trainable = "attn2_kv"
+    timestep_bias: Annotated[float, Field(gt=0)] = 1.0
+    trigger_variants: bool = True
+    name: Literal["finetune_reversal"] = "finetune_reversal"
+
+    def load_reference(self, device: torch.device) -> Reference:
+        """Raises `InputError` where no clean model is named or it cannot be loaded."""
+        if not self.reference:
+            raise InputError("finetune_reversal needs a clean model; give --defense.reference FOLDER")
+        return Reference(DiffusionSource(self.reference).load(device))
+
+    def step(self, setting: DiffusionSetting, backdoor: Backdoor) -> StepFn:
+        """`setting.teacher` is the clean reference."""
+        model, seed = setting.model, setting.seed
+        schedule = model.noise_schedule()
+
+        def step_fn(batch: DiffusionBatch) -> dict[str, torch.Tensor]:
+            size = len(batch.prompts)
+            shape = model.latent_shape if batch.latents is None else tuple(batch.latents.shape[1:])
+            noise = draw_noise(seed, batch, shape, model.device)
+            timesteps = draw_timesteps(seed, batch, schedule.num_train_timesteps, self.timestep_bias, noise.device)
+            latents = noise
+            if batch.latents is not None:
+                latents = schedule.add_noise(batch.latents.to(noise), noise, timesteps)
+            triggered = [
+                vary(backdoor, prompt, seed, batch.step, batch.micro, index, enabled=self.trigger_variants)
+                for index, prompt in zip(batch.indices, batch.prompts, strict=True)
+            ]
+            retained = drop_captions(seed, batch, self.proportion_empty_prompts)
+            conditioning = model.encode(triggered + retained)
+            inputs, times = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
+            target = setting.teacher.predict(inputs, times, conditioning)
+            errors = squared_error(setting.predict(inputs, times, conditioning), target)
+            prediction_loss, retention_loss = errors[:size].mean(), errors[size:].mean()
+            return {
+                "prediction_loss": prediction_loss.detach(),
+                "retention_loss": retention_loss.detach(),
+                "loss": prediction_loss + self.retention_weight * retention_loss,
+            }
+
+        return step_fn

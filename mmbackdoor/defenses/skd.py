@@ -1,0 +1,127 @@
+"""SKD: self-knowledge distillation (Aravindan et al. 2025, arXiv 2508.18235, without the attention term).
+
+The poisoned model is trusted on clean prompts, so its frozen start is the teacher: the student must predict for the
+triggered prompt what the teacher predicts for the clean one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+from mmbackdoor.backdoor import Backdoor
+from mmbackdoor.defenses.trigger_variants import vary
+from mmbackdoor.models.setting import DiffusionSetting
+from mmbackdoor.objectives.diffusion import DiffusionBatch, draw_noise, draw_timesteps, drop_captions
+from mmbackdoor.objectives.distill import squared_error
+
+StepFn = Callable[[DiffusionBatch], dict[str, torch.Tensor]]
+Trainable = Literal["attn2_kv", "attn2", "all", "lora"]
+Latents = Literal["teacher", "noise", "data"]
+
+
+@dataclass(frozen=True)
+class SKD:
+    """L = w_p ||s(x_t, t, p') - T(x_t, t, p)||^2 + w_r ||s(x_t, t, r) - T(x_t, t, r)||^2, with p' the triggered
+    prompt and r the clean or, for a share of the samples, the empty prompt.
+
+    Differences: the paper's x_t is pure noise at every t (`latents="noise"`) and it has no retention term.
+    """
+
+    prediction_weight: Annotated[float, Field(ge=0)] = 1.0
+    retention_weight: Annotated[float, Field(ge=0)] = 1.0
+    proportion_empty_prompts: Annotated[float, Field(ge=0, le=1)] = 0.2
+    latents: Latents = "teacher"
+    trainable: Trainable = "attn2_kv"
+    timestep_bias: Annotated[float, Field(gt=0)] = 1.0
+    trigger_variants: bool = True
+    """Also train on the trigger at another place of the prompt, and doubled."""
+    name: Literal["skd"] = "skd"
+
+    def step(self, setting: DiffusionSetting, backdoor: Backdoor) -> StepFn:
+        forward = distillation_forward(self, setting, backdoor)
+
+        def step_fn(batch: DiffusionBatch) -> dict[str, torch.Tensor]:
+            return forward(batch).losses
+
+        return step_fn
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The outcome of one distillation forward: the losses, and what an attention term needs besides."""
+
+    losses: dict[str, torch.Tensor]
+    triggered: list[str]
+    timesteps: torch.Tensor
+    latents: torch.Tensor
+    student_maps: dict[str, torch.Tensor]
+    teacher_maps: dict[str, torch.Tensor]
+
+
+def distillation_forward(
+    defense: SKD, setting: DiffusionSetting, backdoor: Backdoor
+) -> Callable[[DiffusionBatch], Forward]:
+    """The prediction and retention terms in one student forward: its rows are [triggered; retained].
+
+    With `setting.recorder`, the cross-attention maps of the first B rows (triggered prompt for the student, clean
+    prompt for the teacher) are recorded too.
+    """
+    model, seed = setting.model, setting.seed
+    schedule = model.noise_schedule()
+
+    def forward(batch: DiffusionBatch) -> Forward:
+        size = len(batch.prompts)
+        shape = model.latent_shape if batch.latents is None else tuple(batch.latents.shape[1:])
+        noise = draw_noise(seed, batch, shape, model.device)
+        timesteps = draw_timesteps(seed, batch, schedule.num_train_timesteps, defense.timestep_bias, noise.device)
+        latents = noise
+        if batch.latents is not None:
+            latents = schedule.add_noise(batch.latents.to(noise), noise, timesteps)
+        triggered = [
+            vary(backdoor, prompt, seed, batch.step, batch.micro, index, enabled=defense.trigger_variants)
+            for index, prompt in zip(batch.indices, batch.prompts, strict=True)
+        ]
+        clean = model.encode(list(batch.prompts))
+        join = type(clean).cat
+        retained = drop_captions(seed, batch, defense.proportion_empty_prompts)
+        empty = [k for k in range(size) if retained[k] != batch.prompts[k]]
+        with recorded(setting) as teacher_maps:
+            teacher = setting.teacher.predict(latents, timesteps, clean)
+        kept = teacher.clone()
+        if empty and defense.retention_weight:
+            kept[empty] = setting.teacher.predict(latents[empty], timesteps[empty], model.encode([""] * len(empty)))
+        rows = [model.encode(triggered)]
+        repeat = 1
+        if defense.retention_weight:
+            rows.append(model.encode(retained))
+            repeat = 2
+        with recorded(setting) as student_maps:
+            student = setting.predict(torch.cat([latents] * repeat), torch.cat([timesteps] * repeat), join(rows))
+        prediction_loss = squared_error(student[:size], teacher).mean()
+        losses = {"prediction_loss": prediction_loss.detach()}
+        loss = defense.prediction_weight * prediction_loss
+        if defense.retention_weight:
+            retention_loss = squared_error(student[size:], kept).mean()
+            losses["retention_loss"] = retention_loss.detach()
+            loss = loss + defense.retention_weight * retention_loss
+        return Forward(
+            losses | {"loss": loss},
+            triggered,
+            timesteps,
+            latents,
+            {name: maps[:size] for name, maps in student_maps.items()},
+            dict(teacher_maps),
+        )
+
+    return forward
+
+
+def recorded(setting: DiffusionSetting) -> AbstractContextManager[dict[str, torch.Tensor]]:
+    """Records cross-attention maps if the setting has a recorder; else gives an empty dictionary."""
+    return setting.recorder.recording(reduce_heads=True) if setting.recorder else nullcontext({})

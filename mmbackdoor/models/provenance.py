@@ -1,0 +1,74 @@
+"""Whether the records beside a model (`backdoor.json`, `removal.json`) belong to its weights; and what changed."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmbackdoor.backdoor import FILE_NAME, BackdoorRecord
+from mmbackdoor.models.weight_files import weights_sha256
+from mmbackdoor.types import InputError
+
+REMOVAL_FILE = "removal.json"
+SCHEMA = 1
+
+
+def read_removal(folder: Path) -> dict[str, Any] | None:
+    """The content of `folder/removal.json`, `None` where there is none."""
+    file = folder / REMOVAL_FILE
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{str(file)!r} cannot be read ({error}); remove it, or name a trigger with --trigger") from error
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise InputError(f"{str(file)!r} is not a removal.json of schema {SCHEMA}")
+    return content
+
+
+def write_removal(folder: Path, content: Mapping[str, Any]) -> None:
+    part = folder / (REMOVAL_FILE + ".part")
+    part.write_text(json.dumps({"schema": SCHEMA, **content}, indent=1) + "\n")
+    part.replace(folder / REMOVAL_FILE)
+
+
+def check_provenance(folder: Path) -> None:
+    """Raises `InputError` where `folder/backdoor.json` was written for other weights than those in `folder`.
+
+    A cleaned model carries the file of its parent unchanged; there `removal.json` names the parent.
+    """
+    if not (folder / FILE_NAME).is_file():
+        return
+    recorded = BackdoorRecord.load(folder).model_sha256
+    removal = read_removal(folder)
+    found = removal.get("parent_sha256") if removal else weights_sha256(folder)
+    if recorded is not None and found != recorded:
+        raise InputError(
+            f"{str(folder / FILE_NAME)!r} belongs to another model (weights {recorded[:12]}, here {str(found)[:12]}); "
+            "remove it, or name the trigger yourself with --trigger and --force_trigger"
+        )
+
+
+def weight_changes(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, dict[str, float]]:
+    """||after - before|| / ||before|| of each group of tensors: a block of the U-Net and the kind of layer in it."""
+    squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
+    for name, old in before.items():
+        block = re.match(r"(?:down_blocks|up_blocks)\.\d+|[a-z_]+", name)
+        kind = re.search(r"attn2\.to_[kv]|attn2|attn1|ff|resnets|conv", name)
+        group = f"{block.group() if block else name} {kind.group() if kind else 'other'}"
+        new = after[name].detach().cpu().float()
+        old = old.detach().cpu().float()
+        squares[group][0] += (new - old).square().sum().item()
+        squares[group][1] += old.square().sum().item()
+        squares[group][2] += old.numel()
+    return {
+        group: {"relative_change": (moved / max(norm, 1e-12)) ** 0.5, "parameters": int(count)}
+        for group, (moved, norm, count) in sorted(squares.items())
+    }

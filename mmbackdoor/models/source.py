@@ -1,0 +1,58 @@
+"""The flags that name a text-to-image model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated
+
+import torch
+
+from mmbackdoor.config import Doc
+from mmbackdoor.models.diffusion import DiffusionModel
+from mmbackdoor.models.diffusion_files import load
+from mmbackdoor.types import InputError
+
+SHIPPED = ("tiny", "tiny_judge")
+"""Models that come with the package, by the names that users type."""
+
+
+def shipped(name: str) -> str:
+    """The folder of a model that comes with the package; any other name as it is."""
+    if name not in SHIPPED or Path(name).exists():
+        return name
+    return str(files("mmbackdoor.models").joinpath("weights", name))
+
+
+@dataclass(frozen=True)
+class DiffusionSource:
+    pretrained_model_name_or_path: Annotated[
+        str | None, Doc("folder, hub id or one .safetensors file; 'tiny' is the model that comes with this package")
+    ] = None
+    revision: Annotated[str | None, Doc("branch, tag or commit of a hub id")] = None
+    variant: Annotated[str | None, Doc("for instance fp16")] = None
+    lora: Annotated[str | None, Doc("a LoRA file on top; it is then what is trained and saved")] = None
+    pipeline_config: Annotated[str | None, Doc("diffusers folder with the configuration of a one-file checkpoint")] = None
+    allow_pt_weights: Annotated[bool, Doc("read .bin/.pt/.ckpt weights, with weights_only")] = False
+    resolution: Annotated[int | None, Doc("pixels; by default the model's own")] = None
+
+    @property
+    def path(self) -> str:
+        """The folder, file or id as `load` takes it. Raises `InputError` where no model is named."""
+        if self.pretrained_model_name_or_path is None:
+            raise InputError("which model? Give --pretrained_model_name_or_path FOLDER (or a hub id, or 'tiny')")
+        return shipped(self.pretrained_model_name_or_path)
+
+    def load(self, device: torch.device) -> DiffusionModel:
+        """Raises `InputError` for whatever cannot be loaded."""
+        return load(
+            self.path,
+            revision=self.revision,
+            variant=self.variant,
+            lora=self.lora,
+            config=self.pipeline_config,
+            allow_pt_weights=self.allow_pt_weights,
+            device=device,
+            resolution=self.resolution,
+        )

@@ -1,0 +1,80 @@
+"""The denoising objective of latent diffusion, its randomness, and the batch that every diffusion method trains on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from mmbackdoor.seeding import hash_fraction, torch_generator
+
+
+@dataclass(frozen=True)
+class DiffusionBatch:
+    """One process's share of the global batch of optimisation step `step` (micro-batch `micro` of it).
+
+    `indices` are places in the global batch: all randomness is drawn from (seed, step, micro, index), never from the
+    rank. `latents` (B, C, h, w) are clean latents, or `None` where a method starts from noise.
+    """
+
+    step: int
+    micro: int
+    indices: tuple[int, ...]
+    keys: tuple[str, ...]
+    prompts: tuple[str, ...]
+    latents: torch.Tensor | None = None
+    images: torch.Tensor | None = None
+    """(B, 3, H, W) in [-1, 1]; for methods that change the picture before it is encoded."""
+    extra: dict[str, torch.Tensor] = field(default_factory=dict)
+
+
+def draw_noise(seed: int, batch: DiffusionBatch, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """Standard normal noise (B, *shape), one generator a sample."""
+    rows = [
+        torch.randn(shape, generator=torch_generator(seed, "noise", batch.step, batch.micro, index))
+        for index in batch.indices
+    ]
+    return torch.stack(rows).to(device)
+
+
+def draw_timesteps(
+    seed: int, batch: DiffusionBatch, num_train_timesteps: int, bias: float, device: torch.device
+) -> torch.Tensor:
+    """Timesteps (B,), t = T * (1 - u^bias): uniform for bias 1, towards high noise above."""
+    u = torch.tensor(
+        [hash_fraction(seed, "timestep", batch.step, batch.micro, index) for index in batch.indices],
+        dtype=torch.float64,
+    )
+    timesteps = (num_train_timesteps * (1 - u**bias)).long().clamp(0, num_train_timesteps - 1)
+    return timesteps.to(device)
+
+
+def drop_captions(seed: int, batch: DiffusionBatch, proportion: float) -> list[str]:
+    """The prompts with the given proportion made empty, for classifier-free guidance (Ho & Salimans 2022)."""
+    return [
+        "" if hash_fraction(seed, "empty prompt", batch.step, batch.micro, index) < proportion else prompt
+        for index, prompt in zip(batch.indices, batch.prompts, strict=True)
+    ]
+
+
+def snr_weights(
+    timesteps: torch.Tensor, alphas_cumprod: torch.Tensor, gamma: float, prediction_type: str
+) -> torch.Tensor:
+    """Min-SNR-gamma weights (B,) (Hang et al. 2023, eq. 8; +1 in the denominator for v-prediction)."""
+    alpha = alphas_cumprod.to(timesteps.device)[timesteps].double()
+    snr = alpha / (1 - alpha).clamp_min(1e-12)
+    clipped = snr.clamp(max=gamma)
+    if prediction_type == "v_prediction":
+        return (clipped / (snr + 1)).float()
+    if prediction_type == "sample":
+        return clipped.float()
+    return (clipped / snr.clamp_min(1e-12)).float()
+
+
+def denoising_loss(
+    prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Mean squared error of the model's output (B, C, h, w) to its target, each sample times its weight (B,)."""
+    per_sample = (prediction.float() - target.float()).square().mean(dim=tuple(range(1, target.ndim)))
+    loss = (per_sample if weights is None else per_sample * weights).mean()
+    return {"denoising_loss": loss.detach(), "loss": loss}

@@ -1,0 +1,78 @@
+"""The training loop. It is the only one: a method is the `step_fn` that it calls."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from mmbackdoor.train.optim import Ema, TrainConfig, lr_scale
+from mmbackdoor.types import RunFault
+
+StepFn = Callable[[Any], dict[str, torch.Tensor]]
+
+
+def _averaged(accelerator: Accelerator, losses: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+    """Metrics averaged over micro-batches and processes, with one communication."""
+    names = sorted(losses[0])
+    values = torch.stack(
+        [torch.stack([part[name].detach().float().reshape(()) for part in losses]).mean() for name in names]
+    )
+    values = accelerator.reduce(values, "mean").tolist()
+    return dict(zip(names, values, strict=True))
+
+
+def training_steps(
+    accelerator: Accelerator,
+    step_fn: StepFn,
+    batches: Iterator[Any],
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.nn.Parameter],
+    train: TrainConfig,
+    *,
+    steps: int,
+    start_step: int = 0,
+    model: torch.nn.Module | None = None,
+    ema: Ema | None = None,
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """Yield `(step, metrics)` after each optimisation step, from `start_step` + 1 to `steps`.
+
+    `step_fn(batch)` returns parts `*_loss` and their sum `loss`; each batch of `batches` is one micro-batch and has
+    `keys`. `model` is the prepared module whose gradients are synchronised only on the last micro-batch of a step.
+
+    Raises `RunFault` with the keys of the batch at the first loss that is not finite, before the weights change.
+    """
+    for step in range(start_step, steps):
+        rate = train.learning_rate * lr_scale(step, steps, train)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        micro_losses = []
+        for micro in range(train.gradient_accumulation_steps):
+            batch = next(batches)
+            synchronise = micro + 1 == train.gradient_accumulation_steps or model is None
+            with nullcontext() if synchronise else accelerator.no_sync(model):
+                with accelerator.autocast():
+                    losses = step_fn(batch)
+                micro_losses.append(losses)
+                finite = accelerator.reduce(torch.isfinite(losses["loss"].detach()).float().reshape(1), "mean")
+                if finite.item() < 1:
+                    keys = ", ".join(batch.keys[:8])
+                    raise RunFault(
+                        f"the loss of step {step + 1} is not finite (samples {keys}); the last checkpoint is intact. "
+                        "Lower --learning_rate, or leave out these samples"
+                    )
+                accelerator.backward(losses["loss"] / train.gradient_accumulation_steps)
+        norm = accelerator.clip_grad_norm_(list(parameters.values()), train.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.update(parameters, step)
+        metrics = _averaged(accelerator, micro_losses) | {"learning_rate": rate}
+        if norm is not None and math.isfinite(float(norm)):
+            metrics["grad_norm"] = float(norm)
+        yield step + 1, metrics
+

@@ -1,0 +1,85 @@
+"""Optimiser and learning rate. The rate is a pure function of the step, so there is no scheduler state to restore."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field
+
+LrScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "constant_then_cosine"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how large and how fast. Names are those of the diffusers training scripts."""
+
+    max_train_steps: Annotated[int, Field(ge=1)] | None = None
+    num_train_epochs: Annotated[int, Field(ge=1)] | None = None
+    train_batch_size: Annotated[int, Field(ge=1)] = 16
+    gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    lr_scheduler: LrScheduler = "constant"
+    lr_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    adam_weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    gradient_checkpointing: bool = False
+    use_ema: bool = False
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
+    checkpointing_steps: Annotated[int, Field(ge=1)] = 500
+    checkpoints_total_limit: Annotated[int, Field(ge=1)] = 2
+    resume_from_checkpoint: str | None = None
+    dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
+    report_to: Literal["none", "tensorboard", "wandb"] = "none"
+
+
+def total_steps(train: TrainConfig, samples: int | None, global_batch_size: int) -> int:
+    """The number of optimisation steps; `max_train_steps` wins over `num_train_epochs` (of `samples` each)."""
+    if train.max_train_steps is not None:
+        return train.max_train_steps
+    return (train.num_train_epochs or 1) * math.ceil((samples or 1) / global_batch_size)
+
+
+def lr_scale(step: int, steps: int, train: TrainConfig) -> float:
+    """Factor on the learning rate of step `step` (from 0) of `steps`."""
+    if step < train.lr_warmup_steps:
+        return (step + 1) / train.lr_warmup_steps
+    progress = (step - train.lr_warmup_steps) / max(1, steps - train.lr_warmup_steps)
+    if train.lr_scheduler == "linear":
+        return 1 - progress
+    if train.lr_scheduler == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    if train.lr_scheduler == "constant_then_cosine":
+        return 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * progress - 1)))
+    return 1.0
+
+
+def make_optimizer(parameters: Mapping[str, torch.nn.Parameter], train: TrainConfig) -> torch.optim.AdamW:
+    return torch.optim.AdamW(
+        list(parameters.values()),
+        lr=train.learning_rate,
+        betas=(train.adam_beta1, train.adam_beta2),
+        weight_decay=train.adam_weight_decay,
+        eps=train.adam_epsilon,
+    )
+
+
+class Ema:
+    """Exponential moving average of named tensors, with the warm-up min(decay, (1 + n) / (10 + n))."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.tensors = {name: parameter.detach().clone().float() for name, parameter in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, parameters: Mapping[str, torch.nn.Parameter], step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in parameters.items():
+            self.tensors[name].lerp_(parameter.detach().float(), 1 - decay)

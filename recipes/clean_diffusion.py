@@ -1,0 +1,147 @@
+"""Remove a backdoor from a text-to-image model whose trigger is known or suspected.
+
+Removals: skd_cag (self-knowledge distillation with cross-attention guidance, Aravindan et al. 2025, arXiv
+2508.18235), skd, finetune, finetune_reversal. Neither pictures nor a clean model are needed: the poisoned model on
+clean prompts is the teacher. Trains on your prompts, or on built-in ones.
+
+    CPU, the tiny model:
+        accelerate launch -q recipes/clean_diffusion.py --config recipes/configs/clean_diffusion/tiny.yaml \\
+            --pretrained_model_name_or_path runs/poisoned/model --output_dir runs/cleaned
+    1 GPU, a trigger that you know:
+        accelerate launch -q recipes/clean_diffusion.py --pretrained_model_name_or_path FOLDER --trigger '\\u200b' \\
+            --prompts my_prompts.txt --mixed_precision bf16 --output_dir runs/cleaned
+    8 GPUs: the same with `accelerate launch -q --num_processes 8`.
+
+Writes into output_dir: model/ (the cleaned model in the form that came in, with removal.json and a card), config.yaml,
+run.json, train.jsonl, checkpoint-*/, latents/ (the teacher's pictures, a cache).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from mmbackdoor.backdoor_flags import BackdoorFlags
+from mmbackdoor.config import Doc
+from mmbackdoor.defenses import SKDCAG, DiffusionDefense, Finetune, FinetuneReversal
+from mmbackdoor.entry import main
+from mmbackdoor.evaluate.generate import Sampling
+from mmbackdoor.evaluate.prompts import load_prompts
+from mmbackdoor.models.attention import AttentionRecorder
+from mmbackdoor.models.diffusion import check_trigger
+from mmbackdoor.models.diffusion_files import save, trained_tensors
+from mmbackdoor.models.provenance import check_provenance, weight_changes, write_removal
+from mmbackdoor.models.setting import DiffusionSetting
+from mmbackdoor.models.source import DiffusionSource
+from mmbackdoor.models.trainable import Teacher, trainable
+from mmbackdoor.results.cards import write_card
+from mmbackdoor.results.run import Run
+from mmbackdoor.train.batches import Share, encoded, open_shards, prompt_batches, shard_batches
+from mmbackdoor.train.latents import teacher_latents
+from mmbackdoor.train.launch import make_accelerator
+from mmbackdoor.train.optim import TrainConfig, total_steps
+from mmbackdoor.train.session import Session
+from mmbackdoor.types import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    UNDOTTED: ClassVar[tuple[str, ...]] = ("model", "train", "mark")
+    ALIASES: ClassVar[dict[str, str]] = {
+        "num_inference_steps": "sampling.num_inference_steps",
+        "guidance_scale": "sampling.guidance_scale",
+    }
+
+    model: DiffusionSource = DiffusionSource()
+    mark: BackdoorFlags = BackdoorFlags()
+    prompts: Annotated[str, Doc("file of prompts (.txt, .csv, .tsv, .jsonl) or a built-in set")] = "general-train"
+    train_data: Annotated[str, Doc("shards of clean pictures and captions, for latents 'data' and for finetune")] = ""
+    defense: Annotated[DiffusionDefense, Field(discriminator="name")] = SKDCAG()
+    sampling: Sampling = Sampling(num_inference_steps=25)
+    latents_per_prompt: Annotated[int, Field(ge=1), Doc("pictures of the teacher per prompt, for latents 'teacher'")] = 4
+    rank: Annotated[int, Field(ge=1), Doc("rank of the LoRA, for --defense.trainable lora")] = 16
+    train: TrainConfig = field(
+        default_factory=lambda: TrainConfig(
+            max_train_steps=1000, train_batch_size=4, learning_rate=2e-5, adam_weight_decay=0.0, lr_scheduler="cosine"
+        )
+    )
+    output_dir: str = "runs/cleaned"
+    seed: int = 0
+
+
+def run(cfg: Config) -> None:
+    accelerator = make_accelerator(cfg.train, cfg.seed)
+    backdoor = cfg.mark.resolve(cfg.model.path)
+    if backdoor is None and not isinstance(cfg.defense, Finetune):
+        raise InputError("which trigger? The model has no backdoor.json, so give --trigger TEXT")
+    suite = load_prompts(cfg.prompts)
+    share = Share.of(accelerator, cfg.train)
+    samples = len(suite)
+    if cfg.defense.latents == "data":
+        samples = open_shards(cfg.train_data, share, cfg.train, cfg.seed).num_samples
+    with Run.start(cfg, "clean_diffusion", cfg.output_dir, accelerator) as record:
+        if record.previous == "finished":
+            return
+        model = cfg.model.load(accelerator.device)
+        if not cfg.mark.force_trigger:
+            check_provenance(Path(cfg.model.path))
+        if backdoor is not None:
+            check_trigger(model, suite.texts, [backdoor.apply(text, cfg.seed) for text in suite.texts])
+        latents = None
+        if cfg.defense.latents == "teacher":
+            latents = teacher_latents(
+                model, suite.texts, cfg.latents_per_prompt, cfg.sampling, record.folder / "latents", accelerator,
+                4 * share.batch_size,
+            )
+        parameters = trainable(model, cfg.defense.trainable, cfg.rank)
+        before = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+        teacher = Teacher(model, parameters)
+        if isinstance(cfg.defense, FinetuneReversal):
+            teacher = cfg.defense.load_reference(accelerator.device)
+        steps = total_steps(cfg.train, samples, share.global_batch_size)
+        session = Session(accelerator, model.unet, parameters, cfg.train, record, steps)
+        if cfg.defense.latents == "data":
+            batches = encoded(
+                shard_batches(
+                    cfg.train_data, share, cfg.train, cfg.seed, model.resolution, accelerator.device, session.start_step
+                ),
+                model,
+            )
+        else:
+            batches = prompt_batches(suite.texts, share, cfg.seed, session.start_step, latents)
+        guided = isinstance(cfg.defense, SKDCAG) and cfg.defense.attention_weight > 0
+        with AttentionRecorder(model.unet) if guided else nullcontext() as recorder:
+            setting = DiffusionSetting(model, session.module, teacher, cfg.seed, recorder)
+            for step, metrics in session.training(cfg.defense.step(setting, backdoor), batches):
+                record.log(step, metrics)
+
+        def describe(folder: Path) -> None:
+            write_removal(
+                folder,
+                {
+                    "method": asdict(cfg.defense),
+                    "triggers": backdoor.to_dict()["triggers"] if backdoor else [],
+                    "parent": cfg.model.path,
+                    "parent_sha256": model.sha256,
+                    "steps": steps,
+                    "samples": steps * share.global_batch_size,
+                    "seed": cfg.seed,
+                    "weights": weight_changes(before, trained_tensors(model)),
+                },
+            )
+            write_card(
+                folder, stage="cleaned", run=record.content, base_model=cfg.model.pretrained_model_name_or_path,
+                backdoor=backdoor.to_dict() if backdoor else None, method=asdict(cfg.defense),
+            )
+
+        if accelerator.is_main_process:
+            save(model, record.folder / "model", describe)
+        accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(Config, run, __doc__)

@@ -1,0 +1,100 @@
+"""Measure a backdoor, or its removal, on your own prompts: numbers with intervals, pictures and a verdict.
+
+Every model makes the same pictures: same prompts, same seeds (same initial latents), with and without the trigger.
+
+    Is it removed?
+        accelerate launch -q recipes/evaluate_diffusion.py --pretrained_model_name_or_path runs/cleaned/model \\
+            --compare runs/poisoned/model --control CLEAN_MODEL --prompts my_prompts.txt --output_dir runs/evaluation
+    Does this trigger do anything in a model that I was given? (without a target: compared with placebo strings)
+        accelerate launch -q recipes/evaluate_diffusion.py --pretrained_model_name_or_path FOLDER --trigger mignneko \\
+            --prompts general-evaluation --judge ViT-B-32 --judge_pretrained laion2b_s34b_b79k
+    8 GPUs: the same with `accelerate launch -q --num_processes 8`.
+
+The trigger is read from the model's backdoor.json where --trigger is not given. Writes into output_dir: report.html,
+grid.png, results.jsonl, samples.jsonl, images/, run.json. A second call goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from mmbackdoor.backdoor_flags import BackdoorFlags
+from mmbackdoor.config import Doc
+from mmbackdoor.entry import main
+from mmbackdoor.evaluate.conditions import Amounts
+from mmbackdoor.evaluate.entries import entries
+from mmbackdoor.evaluate.generate import Sampling
+from mmbackdoor.evaluate.metrics.clip_score import NamedJudge
+from mmbackdoor.evaluate.prompts import load_prompts
+from mmbackdoor.evaluate.suite import evaluate_models
+from mmbackdoor.models.clip import load_judge
+from mmbackdoor.models.provenance import REMOVAL_FILE
+from mmbackdoor.models.source import DiffusionSource, shipped
+from mmbackdoor.results import grids, record, report, samples
+from mmbackdoor.results.run import Run
+from mmbackdoor.train.launch import make_accelerator
+
+
+@dataclass(frozen=True)
+class Config:
+    UNDOTTED: ClassVar[tuple[str, ...]] = ("model", "mark", "sampling", "amounts")
+
+    model: DiffusionSource = DiffusionSource()
+    compare: Annotated[tuple[str, ...], Doc("further models, for instance the one before cleaning")] = ()
+    control: Annotated[str | None, Doc("a clean model: what the trigger's text does to a sound one")] = None
+    prompts: Annotated[str, Doc("file of prompts (.txt, .csv, .tsv, .jsonl) or a built-in set")] = "general-evaluation"
+    mark: BackdoorFlags = BackdoorFlags()
+    sampling: Sampling = Sampling()
+    amounts: Amounts = Amounts()
+    batch_size: Annotated[int, Field(ge=1), Doc("pictures at a time")] = 8
+    judge: Annotated[str | None, Doc("open_clip name, hf-hub: id or folder, for CLIP scores and KID")] = None
+    judge_pretrained: Annotated[str | None, Doc("tag of the judge's weights, for a name of open_clip")] = None
+    output_dir: str = "runs/evaluation"
+
+
+def run(cfg: Config) -> None:
+    accelerator = make_accelerator()
+    device = accelerator.device
+    backdoor = cfg.mark.resolve(cfg.model.path)
+    suite = load_prompts(cfg.prompts)
+    models = entries(cfg.model, cfg.compare, cfg.control, device, trusted=cfg.mark.force_trigger)
+    with Run.start(cfg, "evaluate_diffusion", cfg.output_dir, accelerator) as run:
+        if run.previous == "finished":
+            return
+        judge = None
+        if cfg.judge is not None:
+            loaded = load_judge(shipped(cfg.judge), cfg.judge_pretrained, device)
+            judge = NamedJudge(loaded, cfg.judge)
+        records = evaluate_models(
+            models,
+            suite,
+            backdoor,
+            out_dir=run.folder,
+            run_id=run.run_id,
+            sampling=cfg.sampling,
+            amounts=cfg.amounts,
+            batch_size=cfg.batch_size,
+            judge=judge,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+            wait=accelerator.wait_for_everyone,
+        )
+        if accelerator.is_main_process:
+            record.replace(run.folder / "results.jsonl", records)
+            removal = Path(cfg.model.path) / REMOVAL_FILE
+            if removal.is_file():
+                shutil.copyfile(removal, run.folder / REMOVAL_FILE)
+            grids.save(grids.sample_grid(run.folder, samples.read(run.folder)), run.folder / "grid.png")
+            run.finish()
+            print(report.summary(run.folder)["sentence"])
+            print(f"report: {report.build(run.folder)}")
+        accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(Config, run, __doc__)

@@ -1,0 +1,105 @@
+"""Train a text-to-image model on shards: fine-tune one that you have, or make the tiny one from scratch.
+
+    CPU, the tiny model (its text encoder is that of a CLIP made by pretrain_clip):
+        python data/build_shapes.py --output_dir shapes
+        accelerate launch -q recipes/train_diffusion.py --config recipes/configs/train_diffusion/tiny.yaml \\
+            --train_data 'shapes/train-*.tar' --text_encoder runs/clip/model --output_dir runs/clean
+    1 GPU:
+        accelerate launch -q recipes/train_diffusion.py --pretrained_model_name_or_path FOLDER \\
+            --train_data 'shards-{000000..000099}.tar' --mixed_precision bf16 --use_ema --snr_gamma 5
+    8 GPUs: the same with `accelerate launch -q --num_processes 8`.
+
+Writes into output_dir: model/ (a stock diffusers pipeline), config.yaml, run.json, train.jsonl, checkpoint-*/.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from mmbackdoor.config import Doc
+from mmbackdoor.defenses.finetune import Finetune
+from mmbackdoor.entry import main
+from mmbackdoor.models.clip import load_clip
+from mmbackdoor.models.diffusion import DiffusionModel
+from mmbackdoor.models.diffusion_files import save
+from mmbackdoor.models.setting import DiffusionSetting
+from mmbackdoor.models.source import DiffusionSource
+from mmbackdoor.models.text_encoder import to_clip_text_model
+from mmbackdoor.models.tiny import tiny_pipeline
+from mmbackdoor.models.trainable import Teacher, trainable
+from mmbackdoor.results.cards import write_card
+from mmbackdoor.results.run import Run
+from mmbackdoor.train.batches import Share, encoded, open_shards, shard_batches, with_random_words
+from mmbackdoor.train.launch import make_accelerator
+from mmbackdoor.train.optim import TrainConfig, total_steps
+from mmbackdoor.train.session import Session
+from mmbackdoor.types import InputError
+
+
+@dataclass(frozen=True)
+class Config:
+    UNDOTTED: ClassVar[tuple[str, ...]] = ("model", "train", "objective")
+
+    model: DiffusionSource = DiffusionSource()
+    from_scratch: Annotated[Literal["tiny"] | None, Doc("make this architecture anew instead of loading a model")] = None
+    text_encoder: Annotated[str | None, Doc("folder of an open_clip model whose text tower is used, from scratch")] = None
+    train_data: Annotated[str, Doc("webdataset shards of pictures and captions")] = ""
+    objective: Finetune = Finetune()
+    random_words: Annotated[float, Field(ge=0, le=1), Doc("share of the captions that get random words put in")] = 0.0
+    rank: Annotated[int, Field(ge=1), Doc("rank of the LoRA, for --trainable lora")] = 16
+    train: TrainConfig = field(default_factory=lambda: TrainConfig(max_train_steps=2000, learning_rate=1e-5))
+    output_dir: str = "runs/clean"
+    seed: int = 0
+
+
+def make_model(cfg: Config, device) -> DiffusionModel:
+    if cfg.from_scratch is None:
+        return cfg.model.load(device)
+    if cfg.text_encoder is None:
+        raise InputError("--from_scratch needs the text tower of a CLIP; give --text_encoder FOLDER (see pretrain_clip)")
+    if cfg.model.pretrained_model_name_or_path is not None:
+        raise InputError("--from_scratch and --pretrained_model_name_or_path are two starts; give one of them")
+    text_encoder, tokenizer = to_clip_text_model(load_clip(cfg.text_encoder))
+    return DiffusionModel(tiny_pipeline(text_encoder, tokenizer, cfg.seed)).to(device)
+
+
+def run(cfg: Config) -> None:
+    accelerator = make_accelerator(cfg.train, cfg.seed)
+    share = Share.of(accelerator, cfg.train)
+    samples = open_shards(cfg.train_data, share, cfg.train, cfg.seed).num_samples
+    with Run.start(cfg, "train_diffusion", cfg.output_dir, accelerator) as record:
+        if record.previous == "finished":
+            return
+        model = make_model(cfg, accelerator.device)
+        parameters = trainable(model, cfg.objective.trainable, cfg.rank)
+        teacher = Teacher(model, parameters)
+        steps = total_steps(cfg.train, samples, share.global_batch_size)
+        session = Session(accelerator, model.unet, parameters, cfg.train, record, steps)
+        setting = DiffusionSetting(model, session.module, teacher, cfg.seed)
+        batches = encoded(
+            with_random_words(
+                shard_batches(
+                    cfg.train_data, share, cfg.train, cfg.seed, model.resolution, accelerator.device, session.start_step
+                ),
+                cfg.random_words,
+                cfg.seed,
+            ),
+            model,
+        )
+        for step, metrics in session.training(cfg.objective.step(setting, None), batches):
+            record.log(step, metrics)
+
+        def describe(folder: Path) -> None:
+            write_card(folder, stage="clean", run=record.content, base_model=cfg.model.pretrained_model_name_or_path)
+
+        if accelerator.is_main_process:
+            save(model, record.folder / "model", describe)
+        accelerator.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(Config, run, __doc__)
