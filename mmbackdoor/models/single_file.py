@@ -125,7 +125,8 @@ def find_single_file(
     if config is None:
         if width not in _TEXT_WIDTHS:
             raise InputError(
-                f"{str(path)!r} attends to text of width {width}, which no packaged config has; pass --pipeline_config FOLDER"
+                f"{str(path)!r} attends to text of width {width}, which no packaged config has; "
+                "pass --pipeline_config FOLDER"
             )
         if width == 1024 and original is None:
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -161,8 +162,8 @@ _TOP = [
 ]
 
 
-def _original_unet_name(name: str) -> str:
-    """For two blocks of one layer each, cross-attention in the second."""
+def _original_unet_name(name: str, unet: UNet2DConditionModel) -> str:
+    step = unet.config.layers_per_block + 1
     part = name.split(".")
     if part[0] == "mid_block":
         place = {"resnets": {"0": 0, "1": 2}, "attentions": {"0": 1}}[part[1]][part[2]]
@@ -171,23 +172,19 @@ def _original_unet_name(name: str) -> str:
     if part[0] in ("down_blocks", "up_blocks"):
         block, kind, layer, rest = int(part[1]), part[2], int(part[3]), ".".join(part[4:])
         if kind == "downsamplers":
-            return f"input_blocks.{(block + 1) * 2}.0.op.{part[-1]}"
-        place = (
-            f"input_blocks.{1 + block * 2 + layer}"
-            if part[0] == "down_blocks"
-            else f"output_blocks.{block * 2 + layer}"
-        )
+            return f"input_blocks.{(block + 1) * step}.0.op.{part[-1]}"
         if kind == "upsamplers":
-            return f"output_blocks.1.{2 if block == 0 else 1}.conv.{part[-1]}"
+            after = 2 if unet.config.up_block_types[block].startswith("CrossAttn") else 1
+            return f"output_blocks.{block * step + step - 1}.{after}.conv.{part[-1]}"
+        down = part[0] == "down_blocks"
+        place = f"input_blocks.{1 + block * step + layer}" if down else f"output_blocks.{block * step + layer}"
         return f"{place}.0.{_renamed(rest, _RESNET)}" if kind == "resnets" else f"{place}.1.{rest}"
     return _renamed(name, _TOP)
 
 
-def _original_vae_name(name: str) -> str:
-    for block in (0, 1):
-        name = name.replace(f"up_blocks.{block}.", f"up.{1 - block}.").replace(
-            f"down_blocks.{block}.", f"down.{block}."
-        )
+def _original_vae_name(name: str, blocks: int) -> str:
+    name = re.sub(r"down_blocks\.(\d)", r"down.\1", name)
+    name = re.sub(r"up_blocks\.(\d)", lambda match: f"up.{blocks - 1 - int(match[1])}", name)
     pairs = [
         ("resnets", "block"),
         ("downsamplers.0", "downsample"),
@@ -207,7 +204,9 @@ def _original_vae_name(name: str) -> str:
 
 
 def _original_vae(vae: AutoencoderKL) -> dict[str, Tensor]:
-    state = {_original_vae_name(name): value for name, value in vae.state_dict().items()}
+    state = {
+        _original_vae_name(name, len(vae.config.block_out_channels)): value for name, value in vae.state_dict().items()
+    }
     return {
         name: value[:, :, None, None] if "attn_1" in name and value.dim() == 2 else value
         for name, value in state.items()
@@ -240,9 +239,10 @@ def _open_clip(encoder: CLIPTextModelWithProjection) -> dict[str, Tensor]:
 
 
 def _write_original(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, file: Path, ema: bool = False) -> Path:
-    """The weights of a pipeline from `build` (sd or sdxl) in the original one-file layout."""
+    """The weights of an SD 1 or SDXL pipeline in the original one-file layout."""
     state = {
-        f"model.diffusion_model.{_original_unet_name(name)}": value for name, value in pipe.unet.state_dict().items()
+        f"model.diffusion_model.{_original_unet_name(name, pipe.unet)}": value
+        for name, value in pipe.unet.state_dict().items()
     }
     if ema:
         state |= {

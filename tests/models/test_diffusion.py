@@ -82,6 +82,15 @@ def test_latents_and_images_as_in_the_stock_pipeline(folders, family):
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
 
+def test_a_float16_autoencoder_that_overflows_works_in_float32(folders):
+    model = load(folders("sdxl"), dtype=torch.float16)
+    assert model.vae.config.force_upcast
+    latents = torch.randn(1, *model.latent_shape, generator=torch.Generator().manual_seed(0))
+    image = model.decode(latents)
+    assert image.dtype == torch.float32 and model.encode_images(image).dtype == model.vae.dtype == torch.float16
+    torch.testing.assert_close(image, load(folders("sdxl")).decode(latents), rtol=0, atol=0.01)
+
+
 class TestTrigger:
     def test_visible_triggers_pass_at_any_place(self, folders):
         model = load(folders("sd"))

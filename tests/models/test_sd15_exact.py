@@ -46,9 +46,8 @@ def test_attn2_kv_distillation_steps_on_the_cpu_fit_into_24_gib(record_property)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    print(
-        f"peak {peak_gib():.1f} GiB; CPU seconds (teacher forward, student forward + backward): {seconds}; losses {losses}"
-    )
+    print(f"peak {peak_gib():.1f} GiB; losses {losses}")
+    print(f"CPU seconds (teacher forward, student forward + backward): {seconds}")
     record_property("peak_gib", peak_gib())
     assert all(torch.isfinite(torch.tensor(losses))) and losses[0] > 0
     assert any(not torch.equal(value, teacher.originals[name]) for name, value in parameters.items())

@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from mmbackdoor.models import architectures
 from mmbackdoor.models.architectures import config_folder
+from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.diffusion_files import load, save
-from mmbackdoor.models.single_file import find_single_file
+from mmbackdoor.models.single_file import SingleFile, find_single_file
 from mmbackdoor.models.trainable import trainable
 from mmbackdoor.types import InputError
 
@@ -104,6 +109,29 @@ def test_the_text_width_chooses_the_packaged_config(tmp_path):
     save_file({name: torch.zeros(8, 99)}, file)
     with pytest.raises(InputError, match="width 99"):
         find_single_file(file, None, None, False)
+
+
+@pytest.mark.parametrize("name", ["sd15", pytest.param("sdxl", marks=pytest.mark.slow)])
+def test_the_published_layout_needs_nothing_but_the_file(original_file, tmp_path, name):
+    """Real depth and names, narrow; tokenizers and scheduler are the packaged ones."""
+    pipe = getattr(architectures, name)(width_divisor=8)
+    file = original_file(pipe, tmp_path / "model.safetensors")
+    shutil.copytree(config_folder(name), tmp_path / "config")
+    for part, module in pipe.components.items():
+        if isinstance(module, torch.nn.Module):
+            (tmp_path / "config" / part / "config.json").write_text(
+                json.dumps(dict(module.config.to_dict())) if part.startswith("text") else module.to_json_string()
+            )
+    single = SingleFile(file, tmp_path / "config", name, None)
+    loaded = single.load(torch.float32)
+    assert all(torch.equal(value, loaded.unet.state_dict()[key]) for key, value in pipe.unet.state_dict().items())
+    assert all(torch.equal(value, loaded.vae.state_dict()[key]) for key, value in pipe.vae.state_dict().items())
+    assert set(single.stored_names(loaded.unet)) == set(pipe.unet.state_dict())
+    assert type(loaded.scheduler) is type(pipe.scheduler)
+    ours, theirs = (DiffusionModel(each).encode(["a dog", "\u200b x"]) for each in (loaded, pipe))
+    torch.testing.assert_close(ours.hidden_states, theirs.hidden_states, rtol=0, atol=1e-5)
+    for key, value in theirs.added.items():
+        torch.testing.assert_close(ours.added[key], value, rtol=0, atol=1e-5)
 
 
 class TestBadInput:
