@@ -184,6 +184,7 @@ class DiffusionModel:
     @torch.no_grad()
     def encode_images(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Scaled latents (B, C, h, w) of images (B, 3, H, W) in [-1, 1]: posterior mode, or a draw with `generator`."""
+        dtype = self.dtype
         with torch.autocast(self.device.type, enabled=False), _Float32(self.vae):
             encoded = self.vae.encode(images.to(self.device, self.vae.dtype))
             if "latents" in encoded:
@@ -191,7 +192,7 @@ class DiffusionModel:
             else:
                 latents = encoded.latent_dist.mode() if generator is None else encoded.latent_dist.sample(generator)
             mean, std = self._latent_statistics(latents)
-            return ((latents - mean) * self.vae.config.scaling_factor / std).to(self.dtype)
+            return ((latents - mean) * self.vae.config.scaling_factor / std).to(dtype)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
