@@ -13,14 +13,12 @@ Writes into output_dir: data/ (shards), [encoder/ judge/ clean/], poisoned/, cle
 
 from __future__ import annotations
 
-import math
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from accelerate import PartialState
-from pydantic import Field
 
 from mmbackdoor import recipe_files
 from mmbackdoor.config import Doc, parse
@@ -41,7 +39,6 @@ class Config:
     attack: Literal["badt2i_pixel", "badt2i_style", "badt2i_object"] = "badt2i_pixel"
     defense: Literal["skd_cag", "skd"] = "skd_cag"
     from_scratch: Annotated[bool, Doc("make the clean model, its text encoder and the judge anew")] = False
-    evaluation_pairs: Annotated[int, Field(ge=8), Doc("(prompt, seed) pairs per model and condition")] = 528
     smoke: Annotated[bool, Doc("a few steps of everything, to see that it runs; the verdict means nothing")] = False
     output_dir: str = "runs/quickstart"
     seed: int = 0
@@ -61,44 +58,44 @@ def run(cfg: Config) -> None:
     configs = recipe_files.folders()["recipes"] / "configs"
     state = PartialState()
     seed = ["--seed", cfg.seed]
+    resume = ["--resume_from_checkpoint", "auto", *(["--max_train_steps", 3] if cfg.smoke else [])]
 
-    def steps(count: int) -> list[object]:
-        return ["--max_train_steps", count] if cfg.smoke else []
-
+    pictures = 256 if cfg.smoke else 16000 if cfg.from_scratch else 4000
     splits = split_scenes(all_scenes())
     data = folder / "data"
-    if state.is_main_process and not (data / "captions-train.txt").exists():
-        write_shapes(data, "train", splits["train"], 256 if cfg.smoke else 16000, resolution=32, seed=cfg.seed)
+    if state.is_main_process:
+        write_shapes(data, "train", splits["train"], pictures, resolution=32, seed=cfg.seed)
     state.wait_for_everyone()
     train_data = ["--train_data", data / "train-*.tar"]
 
     clean, judge = "tiny", "tiny_judge"
     if cfg.from_scratch:
         clips = configs / "pretrain_clip"
-        stage("pretrain_clip", "--config", clips / "tiny_encoder.yaml", *train_data, *seed, *steps(3),
+        stage("pretrain_clip", "--config", clips / "tiny_encoder.yaml", *train_data, *seed, *resume,
               "--output_dir", folder / "encoder")
-        if state.is_main_process and not (folder / "judge_data" / "captions-train.txt").exists():
-            write_shapes(folder / "judge_data", "train", all_scenes(), 256 if cfg.smoke else 16000, 32, seed=cfg.seed + 1)
+        if state.is_main_process:
+            write_shapes(folder / "judge_data", "train", all_scenes(), pictures, 32, seed=cfg.seed + 1)
         state.wait_for_everyone()
         stage("pretrain_clip", "--config", clips / "tiny_judge.yaml", "--train_data", folder / "judge_data/train-*.tar",
-              "--seed", cfg.seed + 1, *steps(3), "--output_dir", folder / "judge")
-        stage("train_diffusion", "--config", configs / "train_diffusion/tiny.yaml", *train_data, *seed, *steps(3),
+              "--seed", cfg.seed + 1, *resume, "--output_dir", folder / "judge")
+        stage("train_diffusion", "--config", configs / "train_diffusion/tiny.yaml", *train_data, *seed, *resume,
               "--text_encoder", folder / "encoder/model", "--output_dir", folder / "clean")
         clean, judge = folder / "clean/model", folder / "judge/model"
     target = TARGETS[cfg.attack]
-    stage("poison_diffusion", "--config", configs / f"poison_diffusion/tiny_{target}.yaml", *train_data, *seed, *steps(3),
+    stage("poison_diffusion", "--config", configs / f"poison_diffusion/tiny_{target}.yaml", *train_data, *seed, *resume,
           "--pretrained_model_name_or_path", clean, "--output_dir", folder / "poisoned")
     stage("clean_diffusion", "--config", configs / "clean_diffusion/tiny.yaml", "--defense", cfg.defense, *seed,
-          *steps(3), "--pretrained_model_name_or_path", folder / "poisoned/model", "--output_dir", folder / "cleaned")
-    # Where object A becomes B only prompts of A can show it.
-    suite = shape_prompts("evaluation", None, where=lambda scene: target != "object" or scene.shape == OBJECT)
+          *resume, "--pretrained_model_name_or_path", folder / "poisoned/model", "--output_dir", folder / "cleaned")
+    # Where object A becomes B only prompts of A can show it: fewer captions, so more pictures of each.
+    only_object = target == "object"
+    amount = (8, 1) if cfg.smoke else (360, 2) if only_object else (600, 1)
+    suite = shape_prompts("evaluation", amount[0], where=lambda scene: not only_object or scene.shape == OBJECT)
     prompts = folder / "data" / "prompts-evaluation.txt"
     if state.is_main_process:
         write_text(prompts, "".join(f"{text}\n" for text in suite.texts))
     state.wait_for_everyone()
-    per_prompt = 1 if cfg.smoke else math.ceil(cfg.evaluation_pairs / len(suite))
     stage("evaluate_diffusion", "--config", configs / "evaluate_diffusion/tiny.yaml", *seed, "--judge", judge,
-          "--prompts", prompts, "--seeds_per_prompt", per_prompt, "--pretrained_model_name_or_path",
+          "--prompts", prompts, "--seeds_per_prompt", amount[1], "--pretrained_model_name_or_path",
           folder / "cleaned/model", "--compare", folder / "poisoned/model", "--control", clean,
           "--output_dir", folder / "evaluation")
     if state.is_main_process:

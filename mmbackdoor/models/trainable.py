@@ -61,8 +61,10 @@ class Teacher:
     @torch.no_grad()
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The teacher's output (B, C, h, w), outside any graph. Never call it inside the student's forward."""
-        unet = self.model.unet
-        self.originals = {name: value.to(unet.device) for name, value in self.originals.items()}
+        # `.device` of a module walks its parameters: asked for each tensor, it took as long as the forward itself.
+        device = self.model.unet.device
+        if any(value.device != device for value in self.originals.values()):
+            self.originals = {name: value.to(device) for name, value in self.originals.items()}
         return self.model.predict(self._unet, latents, timesteps, conditioning)
 
     def _unet(self, *positional: Tensor, **named: object) -> tuple[Tensor, ...]:

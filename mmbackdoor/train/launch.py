@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from mmbackdoor.train.optim import TrainConfig
@@ -19,6 +20,8 @@ def make_accelerator(train: TrainConfig | None = None, seed: int = 0) -> Acceler
     """
     asked = int(os.environ.get("ACCELERATE_NUM_PROCESSES", "1") or 1)
     precision = train.mixed_precision if train else "no"
+    # A second accelerator of one process would keep the precision of the first.
+    AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision)
     if asked > accelerator.num_processes:
         raise InputError(
