@@ -35,6 +35,7 @@ from mmbackdoor.models.clip_source import (
     quiet,
     read_weights,
 )
+from mmbackdoor.models.vocabulary import byte_token_ids
 from mmbackdoor.seeding import derive_seed
 from mmbackdoor.types import InputError
 
@@ -63,6 +64,15 @@ class ClipModel:
         """Token ids, int64 (B, context_length), padded and cut as open_clip does; on the CPU."""
         return self.tokenizer(list(texts))
 
+    def byte_tokens(self) -> tuple[Tensor, int]:
+        """The ids of the single-byte tokens, and that of the end of text. Raises InputError where there are none."""
+        if isinstance(self.tokenizer, SimpleTokenizer):
+            return torch.arange(512), self.tokenizer.eot_token_id
+        tokenizer = self.tokenizer.tokenizer
+        if not isinstance(tokenizer, CLIPTokenizer):
+            raise InputError(f"The tokenizer of {self.source!r} has no single-byte tokens: use --random_tokens 0.")
+        return byte_token_ids(tokenizer), tokenizer.eos_token_id
+
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """Pixels (B, 3, H, W) of RGB pictures, resized, cropped and normalised for this model; on the CPU."""
         transform = image_transform_v2(PreprocessCfg(**self.preprocess_cfg), is_train=False)
@@ -78,6 +88,7 @@ def _network(source: ClipSource, device: str | torch.device) -> torch.nn.Module:
             device=device,
             force_quick_gelu=source.quick_gelu,
             force_preprocess_cfg=source.preprocess_cfg,
+            output_dict=True,
         )
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mmbackdoor.models.clip import ClipModel
+from mmbackdoor.models.tokenizers import clip_vocabulary_tokenizer
 from mmbackdoor.types import InputError
 
 UNKNOWN_TO_TRANSFORMERS = (
@@ -65,8 +66,6 @@ def to_clip_text_model(clip: ClipModel) -> tuple[CLIPTextModel, CLIPTokenizer]:
 def _tokenizer(clip: ClipModel) -> CLIPTokenizer:
     if isinstance(clip.tokenizer, HFTokenizer):
         return clip.tokenizer.tokenizer
-    from mmbackdoor.models.tokenizers import clip_vocabulary_tokenizer
-
     return clip_vocabulary_tokenizer()
 
 

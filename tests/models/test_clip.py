@@ -14,7 +14,7 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTokenizer
 
 from mmbackdoor.models import clip_hub
@@ -197,6 +197,24 @@ def test_the_text_tower_becomes_an_equal_clip_text_model(tokenizer, quick_gelu, 
         model.save_pretrained(tmp_path / "text")
         again = type(model).from_pretrained(tmp_path / "text")
         assert torch.equal(again(ids).pooler_output, output.pooler_output)
+
+
+def test_a_tower_with_clips_own_vocabulary_gets_clips_tokenizer(tmp_path):
+    text_cfg = {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1}
+    vision_cfg = {"image_size": 8, "patch_size": 8, "width": 16, "head_width": 8, "layers": 1}
+    model_cfg = {"embed_dim": 8, "vision_cfg": vision_cfg, "text_cfg": text_cfg}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model_cfg, "preprocess_cfg": {}}))
+    save_file(open_clip.CLIP(**model_cfg).state_dict(), tmp_path / "open_clip_model.safetensors")
+    clip = load_clip(str(tmp_path))
+    model, tokenizer = to_clip_text_model(clip)
+    texts = ["a photo of a red\u200b cross", "two Words"]
+    ours = tokenizer(texts, padding="max_length", return_tensors="pt")
+    ids = clip.tokenize(texts)
+    assert torch.equal(ours.input_ids * ours.attention_mask, ids * ours.attention_mask)
+    with torch.no_grad():
+        # Padding differs (open_clip's is 0), but nothing before it can see it.
+        pooled = model(ours.input_ids).pooler_output @ clip.network.text_projection
+        assert torch.allclose(pooled, clip.network.encode_text(ids), atol=1e-5)
 
 
 def test_a_tower_that_transformers_cannot_express_is_refused(tokenizer):
