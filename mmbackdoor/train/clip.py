@@ -25,6 +25,7 @@ from mmbackdoor.types import InputError
 
 MOST_CAPTIONS = 200_000
 HIGHEST_SCALE = 100.0
+MOST_KNOWN = 50_000
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,15 @@ def clip_batches(
     Raises InputError where random tokens are asked for and the tokenizer has no single-byte tokens.
     """
     byte_ids, eos_id = clip.byte_tokens() if random_tokens else (torch.empty(0), 0)
+    known: dict[str, Tensor] = {}
     rows: list[Indexed]
     for rows in loader:
         step, texts = rows[0].step, [row.sample.text for row in rows]
-        ids = clip.tokenize(texts)
+        if len(known) > MOST_KNOWN:
+            known.clear()
+        new = sorted(set(texts) - known.keys())
+        known |= dict(zip(new, clip.tokenize(new), strict=True)) if new else {}
+        ids = torch.stack([known[text] for text in texts])
         if random_tokens:
             ids = insert_random_tokens(
                 ids,

@@ -157,6 +157,16 @@ def test_models_are_loaded_in_evaluation_mode_where_a_picture_is_scored_alone(cl
         assert not torch.allclose(judge.image_features(pictures)[:1], judge.image_features(pictures[:5])[:1], atol=1e-3)
 
 
+def test_pictures_of_the_models_size_are_preprocessed_to_the_same_bits(clip):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    clip.preprocess_cfg |= {"mean": (0.48, 0.45, 0.4), "std": (0.26, 0.27, 0.28)}
+    transform = open_clip.image_transform((32, 32), False, (0.48, 0.45, 0.4), (0.26, 0.27, 0.28))
+    pictures = [Image.fromarray(values) for values in pixels]
+    assert torch.equal(clip.preprocess(pictures), torch.stack([transform(picture) for picture in pictures]))
+    pictures.append(Image.fromarray(pixels[0]).resize((48, 40)))
+    assert torch.equal(clip.preprocess(pictures), torch.stack([transform(picture) for picture in pictures]))
+
+
 def test_the_judge_scores_pictures_as_the_models_preprocessing_of_the_saved_file_does(clip, tmp_path):
     judge = Judge(clip, batch_size=4)
     pictures = _pictures(6, 50)
