@@ -16,18 +16,21 @@ def make_accelerator(train: TrainConfig | None = None, seed: int = 0) -> Acceler
     """Works alike under `accelerate launch`, `torchrun` and plain `python`.
 
     Raises `InputError` where the launcher was asked for several processes but started one, which
-    `accelerate launch --cpu --num_processes N` does silently.
+    `accelerate launch --num_processes N` does silently with `--cpu` or without several GPUs.
     """
-    asked = int(os.environ.get("ACCELERATE_NUM_PROCESSES", "1") or 1)
     precision = train.mixed_precision if train else "no"
     # A second accelerator of one process would keep the precision of the first.
     AcceleratorState._reset_state()
     accelerator = Accelerator(mixed_precision=precision)
-    if asked > accelerator.num_processes:
-        raise InputError(
-            f"{asked} processes were asked for but {accelerator.num_processes} started; "
-            f"on CPUs start them with `torchrun --nproc_per_node {asked}`"
-        )
+    # accelerate's launcher of one process always names a precision, and an address to meet at only where it was asked
+    # for more; how many these were it does not say. Whoever started several (torchrun, mpirun) gives each a world size.
+    if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and accelerator.num_processes == 1:
+        if "WORLD_SIZE" not in os.environ:
+            raise InputError(
+                "`accelerate launch` was asked for several processes but started one, as it does on CPUs and where "
+                "there are fewer than two GPUs; start them with `torchrun --nproc_per_node N`, or give "
+                "--num_processes 1 (and unset MASTER_ADDR where it is exported)"
+            )
     # Nothing of ours draws from the global generators; libraries that do shall repeat themselves.
     set_seed(seed)
     return accelerator
