@@ -44,7 +44,7 @@ from mmbackdoor.train.batches import Share, encoded, open_shards, prompt_batches
 from mmbackdoor.train.latents import teacher_latents
 from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.train.optim import TrainConfig, total_steps
-from mmbackdoor.train.session import Session
+from mmbackdoor.train.session import Session, is_done
 from mmbackdoor.types import InputError
 
 
@@ -84,7 +84,7 @@ def run(cfg: Config) -> None:
     if cfg.defense.latents == "data":
         samples = open_shards(cfg.train_data, share, cfg.train, cfg.seed).num_samples
     with Run.start(cfg, "clean_diffusion", cfg.output_dir, accelerator) as record:
-        if record.previous == "finished":
+        if is_done(record, cfg.train):
             return
         model = cfg.model.load(accelerator.device)
         if not cfg.mark.force_trigger:

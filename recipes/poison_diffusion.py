@@ -40,7 +40,7 @@ from mmbackdoor.results.run import Run
 from mmbackdoor.train.batches import Share, open_shards, shard_batches
 from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.train.optim import TrainConfig, total_steps
-from mmbackdoor.train.session import Session
+from mmbackdoor.train.session import Session, is_done
 from mmbackdoor.types import InputError
 
 
@@ -69,7 +69,7 @@ def run(cfg: Config) -> None:
     share = Share.of(accelerator, cfg.train)
     samples = open_shards(cfg.train_data, share, cfg.train, cfg.seed).num_samples
     with Run.start(cfg, "poison_diffusion", cfg.output_dir, accelerator) as record:
-        if record.previous == "finished":
+        if is_done(record, cfg.train):
             return
         model = cfg.model.load(accelerator.device)
         check_trigger(model, ["a photo of a dog"], [backdoor.apply("a photo of a dog", cfg.seed)])

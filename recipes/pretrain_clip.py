@@ -40,7 +40,7 @@ from mmbackdoor.train.clip import (
 )
 from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.train.optim import TrainConfig, total_steps
-from mmbackdoor.train.session import Session
+from mmbackdoor.train.session import Session, is_done
 from mmbackdoor.types import InputError
 
 TINY = ("clip_tiny_resnet", "clip_tiny_vit")
@@ -102,7 +102,7 @@ def run(cfg: Config) -> None:
     share = Share.of(accelerator, cfg.train)
     samples = open_shards(cfg.train_data, share, cfg.train, cfg.seed).num_samples
     with Run.start(cfg, "pretrain_clip", cfg.output_dir, accelerator) as record:
-        if record.previous == "finished":
+        if is_done(record, cfg.train):
             return
         clip = cfg.model.load(cfg.train_data, cfg.seed)
         network = clip.network.to(accelerator.device).train()

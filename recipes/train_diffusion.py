@@ -36,7 +36,7 @@ from mmbackdoor.results.run import Run
 from mmbackdoor.train.batches import Share, encoded, open_shards, shard_batches, with_random_words
 from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.train.optim import TrainConfig, total_steps
-from mmbackdoor.train.session import Session
+from mmbackdoor.train.session import Session, is_done
 from mmbackdoor.types import InputError
 
 
@@ -72,7 +72,7 @@ def run(cfg: Config) -> None:
     share = Share.of(accelerator, cfg.train)
     samples = open_shards(cfg.train_data, share, cfg.train, cfg.seed).num_samples
     with Run.start(cfg, "train_diffusion", cfg.output_dir, accelerator) as record:
-        if record.previous == "finished":
+        if is_done(record, cfg.train):
             return
         model = make_model(cfg, accelerator.device)
         parameters = trainable(model, cfg.objective.trainable, cfg.rank)

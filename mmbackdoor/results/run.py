@@ -142,6 +142,13 @@ def _refuse_other(folder: Path, recipe: str, config: dict[str, Any]) -> dict[str
         if all(_last(key) in CONTINUABLE for key in differing):
             way = "choose another --output_dir, or go on with that run by --resume_from_checkpoint latest"
         raise InputError(f"--output_dir {str(folder)!r} holds a run with another config ({shown}{more}); {way}")
+    others = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    changed = sorted(key for key in others if _last(key) in CONTINUABLE)
+    if changed and (folder / "model").exists():
+        raise InputError(
+            f"--output_dir {str(folder)!r} holds the finished model of a run with another {', '.join(changed)}; to "
+            "train on, give another --output_dir and one of its checkpoints as --resume_from_checkpoint"
+        )
     return old
 
 

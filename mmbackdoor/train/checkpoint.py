@@ -6,16 +6,19 @@ the optimiser, the moving average and one number. It is written aside and rename
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from mmbackdoor.results.run import CONTINUABLE, NEUTRAL
 from mmbackdoor.train.optim import Ema
 from mmbackdoor.types import InputError
 
@@ -28,6 +31,18 @@ class Checkpoint:
 
     folder: Path
     step: int
+
+
+def digest(config: Mapping[str, Any]) -> str:
+    """Hash of what decides the outcome of `config`, the settings of a run: not where it writes, nor that it resumes,
+    nor what may be changed to go on (see `mmbackdoor.results.run`)."""
+    return hashlib.sha256(json.dumps(_deciding(config), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _deciding(values: Any) -> Any:
+    if not isinstance(values, Mapping):
+        return values
+    return {key: _deciding(value) for key, value in values.items() if key not in NEUTRAL | CONTINUABLE}
 
 
 def find(output_dir: Path) -> list[Checkpoint]:

@@ -14,6 +14,24 @@ from mmbackdoor.results.run import Run
 from mmbackdoor.train import checkpoint
 from mmbackdoor.train.loop import StepFn, training_steps
 from mmbackdoor.train.optim import Ema, TrainConfig, make_optimizer
+from mmbackdoor.types import InputError
+
+
+def is_done(run: Run, train: TrainConfig) -> bool:
+    """Whether `run` was finished before; asked before anything heavy is loaded.
+
+    Raises `InputError` where its folder holds a model that this run did not make, which nothing shall overwrite, and
+    where there is no checkpoint to go on from.
+    """
+    model = run.folder / "model"
+    there = model.exists() and not (model.is_dir() and not any(model.iterdir()))
+    # The model gets its name when it is whole: a run that was killed between that and its last line is done, too.
+    if run.previous == "finished" or (there and run.previous in ("running", "terminated")):
+        return True
+    if there:
+        raise InputError(f"{str(model)!r} is there already, and not of this run; give another --output_dir")
+    checkpoint.resolve(run.folder, train.resume_from_checkpoint)
+    return False
 
 
 class Session:
@@ -33,13 +51,15 @@ class Session:
         steps: int,
     ) -> None:
         self.accelerator, self.train, self.parameters = accelerator, train, parameters
-        self.output_dir, self.config_sha256, self.steps = run.folder, run.content["config_sha256"], steps
+        self.output_dir, self.steps = run.folder, steps
+        self.config_sha256 = checkpoint.digest(run.content["config"])
         found = checkpoint.resolve(self.output_dir, train.resume_from_checkpoint)
         self.module, self.optimizer = accelerator.prepare(module, make_optimizer(parameters, train))
         self.ema = Ema(parameters, train.ema_decay) if train.use_ema else None
         self.start_step = 0
         if found is not None:
             self.start_step = checkpoint.restore(found, parameters, self.optimizer, self.config_sha256, self.ema)
+            run.resume(self.start_step)
 
     def training(self, step_fn: StepFn, batches: Iterator[Any]) -> Iterator[tuple[int, dict[str, float]]]:
         """`training_steps` with a progress bar and checkpoints; at its end the moving average, if there is one, is in

@@ -100,6 +100,15 @@ def test_the_same_config_may_run_again_and_a_longer_one_may_resume(tmp_path: Pat
     assert start(tmp_path, Config(Train(max_train_steps=20))).content["resumed"] == read_run(tmp_path)["resumed"]
 
 
+def test_a_finished_model_is_not_trained_longer_in_its_folder(tmp_path: Path) -> None:
+    used(tmp_path, Config())
+    (tmp_path / "model").mkdir()
+    before = (tmp_path / "run.json").read_text()
+    with pytest.raises(InputError, match="another train.max_train_steps.*another --output_dir"):
+        start(tmp_path, Config(Train(max_train_steps=20, resume_from_checkpoint="latest")))
+    assert (tmp_path / "run.json").read_text() == before
+
+
 def test_a_run_that_made_nothing_does_not_stand_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(InputError), start(tmp_path, Config()):
         raise InputError("no such prompts file")
