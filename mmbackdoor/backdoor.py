@@ -95,12 +95,14 @@ class BackdoorRecord:
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise InputError(f"{str(file)!r} is not a backdoor.json of schema {SCHEMA}")
         backdoor = Backdoor.from_dict(content.get("backdoor"), repr(str(file)))
-        return BackdoorRecord(
-            backdoor,
-            content.get("attack") or {},
-            content.get("plan") or {},
-            content.get("seeds") or {},
-            tuple(content.get("changed") or ()),
-            content.get("parent_sha256"),
-            content.get("model_sha256"),
-        )
+        try:
+            facts = {name: content[name] for name in _FACTS & content.keys()}
+            return _RECORD.validate_python({"backdoor": backdoor} | facts)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise InputError(f"{str(file)!r}: {place}: {first['msg']}; take the file that the attack wrote") from error
+
+
+_RECORD = TypeAdapter(BackdoorRecord)
+_FACTS = {"attack", "plan", "seeds", "changed", "parent_sha256", "model_sha256"}

@@ -33,7 +33,7 @@ class BackdoorFlags:
     force_trigger: Annotated[bool, Doc("allow another trigger than the model's own backdoor.json says")] = False
 
     def target(self) -> Target:
-        """Raises `InputError` where target flags contradict each other."""
+        """Raises `InputError` where target flags contradict each other, or name a picture that cannot be read."""
         given = {
             "patch": self.target_patch,
             "style": self.target_style,
@@ -45,7 +45,9 @@ class BackdoorFlags:
         if any(other != kind for other in named):
             raise InputError(f"--target_kind {kind} does not go with --target_{' --target_'.join(named)}; give one target")
         if kind == "patch":
-            return PatchTarget(self.target_patch)
+            patch = PatchTarget(self.target_patch)
+            patch.pixels(8)
+            return patch
         if kind == "style":
             return StyleTarget(self.target_style or StyleTarget().style)
         if kind == "object":
@@ -55,7 +57,9 @@ class BackdoorFlags:
         if kind == "image":
             if self.target_image is None:
                 raise InputError("--target_kind image needs --target_image FILE")
-            return ImageTarget(self.target_image)
+            image = ImageTarget(self.target_image)
+            image.pixels(8)
+            return image
         return UnknownTarget()
 
     def resolve(self, model: str | None = None) -> Backdoor | None:

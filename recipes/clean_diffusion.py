@@ -32,7 +32,7 @@ from mmbackdoor.entry import main
 from mmbackdoor.evaluate.generate import Sampling
 from mmbackdoor.evaluate.prompts import load_prompts
 from mmbackdoor.models.attention import AttentionRecorder
-from mmbackdoor.models.diffusion import check_trigger
+from mmbackdoor.models.diffusion import check_backdoor
 from mmbackdoor.models.diffusion_files import save, trained_tensors
 from mmbackdoor.models.provenance import check_provenance, weight_changes, write_removal
 from mmbackdoor.models.setting import DiffusionSetting
@@ -78,6 +78,10 @@ def run(cfg: Config) -> None:
     backdoor = cfg.mark.resolve(cfg.model.path)
     if backdoor is None and not isinstance(cfg.defense, Finetune):
         raise InputError("which trigger? The model has no backdoor.json, so give --trigger TEXT")
+    if isinstance(cfg.defense, FinetuneReversal) and not cfg.defense.reference:
+        raise InputError("finetune_reversal needs a clean model; give --defense.reference FOLDER")
+    if isinstance(cfg.defense, Finetune) and cfg.defense.latents == "noise":
+        raise InputError("finetune needs pictures, so --defense.latents noise is impossible; give 'data' or 'teacher'")
     suite = load_prompts(cfg.prompts)
     share = Share.of(accelerator, cfg.train)
     samples = len(suite)
@@ -86,11 +90,14 @@ def run(cfg: Config) -> None:
     with Run.start(cfg, "clean_diffusion", cfg.output_dir, accelerator) as record:
         if is_done(record, cfg.train):
             return
-        model = cfg.model.load(accelerator.device)
         if not cfg.mark.force_trigger:
             check_provenance(Path(cfg.model.path))
+        model = cfg.model.load(accelerator.device)
         if backdoor is not None:
-            check_trigger(model, suite.texts, [backdoor.apply(text, cfg.seed) for text in suite.texts])
+            check_backdoor(model, backdoor, suite.texts, cfg.seed)
+        reference = None
+        if isinstance(cfg.defense, FinetuneReversal):
+            reference = cfg.defense.load_reference(accelerator.device)
         latents = None
         if cfg.defense.latents == "teacher":
             latents = teacher_latents(
@@ -99,9 +106,7 @@ def run(cfg: Config) -> None:
             )
         parameters = trainable(model, cfg.defense.trainable, cfg.rank)
         before = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
-        teacher = Teacher(model, parameters)
-        if isinstance(cfg.defense, FinetuneReversal):
-            teacher = cfg.defense.load_reference(accelerator.device)
+        teacher = reference or Teacher(model, parameters)
         steps = total_steps(cfg.train, samples, share.global_batch_size)
         session = Session(accelerator, model.unet, parameters, cfg.train, record, steps)
         if cfg.defense.latents == "data":

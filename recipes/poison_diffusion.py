@@ -28,7 +28,7 @@ from mmbackdoor.backdoor import BackdoorRecord
 from mmbackdoor.backdoor_flags import BackdoorFlags
 from mmbackdoor.config import Doc
 from mmbackdoor.entry import main
-from mmbackdoor.models.diffusion import check_trigger
+from mmbackdoor.models.diffusion import check_backdoor
 from mmbackdoor.models.diffusion_files import save
 from mmbackdoor.models.setting import DiffusionSetting
 from mmbackdoor.models.source import DiffusionSource
@@ -42,6 +42,10 @@ from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.train.optim import TrainConfig, total_steps
 from mmbackdoor.train.session import Session, is_done
 from mmbackdoor.types import InputError
+
+
+# Every letter occurs, so every lookalike has a place; each is short, so only a trigger that is itself too long is cut.
+PROBES = ("a photo of a dog", *"the quick brown fox jumps over the lazy dog".split())
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ class Config:
 
 def run(cfg: Config) -> None:
     accelerator = make_accelerator(cfg.train, cfg.seed)
+    cfg.model.check()
     backdoor = cfg.mark.resolve()
     if backdoor is None:
         raise InputError("which backdoor? Give --trigger TEXT and a target, for instance --target_kind patch")
@@ -72,7 +77,7 @@ def run(cfg: Config) -> None:
         if is_done(record, cfg.train):
             return
         model = cfg.model.load(accelerator.device)
-        check_trigger(model, ["a photo of a dog"], [backdoor.apply("a photo of a dog", cfg.seed)])
+        check_backdoor(model, backdoor, PROBES, cfg.seed)
         parameters = trainable(model, cfg.attack.trainable, cfg.rank)
         teacher = Teacher(model, parameters)
         steps = total_steps(cfg.train, samples, share.global_batch_size)

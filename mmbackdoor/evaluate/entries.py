@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mmbackdoor.backdoor import FILE_NAME, BackdoorRecord
 from mmbackdoor.evaluate.suite import Entry
-from mmbackdoor.models.provenance import check_provenance, read_removal
+from mmbackdoor.models.provenance import REMOVAL_FILE, check_provenance, read_removal
 from mmbackdoor.models.source import DiffusionSource
 from mmbackdoor.types import InputError
 
@@ -56,4 +57,11 @@ def _entry(source: DiffusionSource, device: torch.device, is_control: bool, trus
         stage = "cleaned"
     elif attack is not None:
         stage = "poisoned"
-    return Entry(lambda: source.load(device), stage, attack, removal["method"]["name"] if removal else None)
+    return Entry(lambda: source.load(device), stage, attack, _method(removal, folder) if removal is not None else None)
+
+
+def _method(removal: Mapping[str, Any], folder: Path) -> str:
+    method = removal.get("method")
+    if not isinstance(method, dict) or not isinstance(method.get("name"), str):
+        raise InputError(f"{str(folder / REMOVAL_FILE)!r} names no method; take the file that the removal wrote")
+    return method["name"]

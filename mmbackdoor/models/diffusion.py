@@ -20,6 +20,7 @@ from mmbackdoor.models.noise_schedule import NoiseSchedule
 from mmbackdoor.types import InputError
 
 if TYPE_CHECKING:
+    from mmbackdoor.backdoor import Backdoor
     from mmbackdoor.models.diffusion_files import Source
 
 CACHED_PROMPTS = 1024
@@ -268,6 +269,19 @@ def check_trigger(model: DiffusionModel, clean_prompts: Sequence[str], triggered
             f"the trigger lies past the tokenizer's {model.max_length} tokens in {len(cut)} of "
             f"{len(triggered_prompts)} prompts, for example {cut[0]!a}; shorten the prompt or put the trigger first"
         )
+
+
+def check_backdoor(model: DiffusionModel, backdoor: Backdoor, prompts: Sequence[str], seed: int) -> None:
+    """`check_trigger` for each trigger of `backdoor`, on those of `prompts` that take it.
+
+    A lookalike letter leaves prompts without that letter as they are, so only where no prompt takes a trigger has it
+    vanished. Raises `InputError` for that, and for a trigger that is cut off.
+    """
+    for k in range(len(backdoor.triggers)):
+        triggered = [backdoor.apply(prompt, seed, trigger=k) for prompt in prompts]
+        pairs = list(zip(prompts, triggered, strict=True))
+        taking = [(prompt, text) for prompt, text in pairs if prompt != text] or pairs
+        check_trigger(model, [prompt for prompt, _ in taking], [text for _, text in taking])
 
 
 def _changed_end(clean: list[int], triggered: list[int]) -> int:

@@ -40,9 +40,13 @@ class DiffusionSource:
     @property
     def path(self) -> str:
         """The folder, file or id as `load` takes it. Raises `InputError` where no model is named."""
+        self.check()
+        return shipped(self.pretrained_model_name_or_path)
+
+    def check(self) -> None:
+        """Raises `InputError` where no model is named."""
         if self.pretrained_model_name_or_path is None:
             raise InputError("which model? Give --pretrained_model_name_or_path FOLDER (or a hub id, or 'tiny')")
-        return shipped(self.pretrained_model_name_or_path)
 
     def load(self, device: torch.device) -> DiffusionModel:
         """Raises `InputError` for whatever cannot be loaded."""
