@@ -133,8 +133,8 @@ def test_two_processes_train_the_weights_of_one(name, one, two):
     moved = sum((alone[key] - start[key]).square().sum() for key in start).sqrt()
     apart = sum((alone[key] - together[key]).square().sum() for key in start).sqrt()
     assert moved > 0.01
-    assert apart < 1e-2 * moved
-    assert max((alone[key] - together[key]).abs().max() for key in start) < 2e-5
+    assert apart < 1e-4 * moved
+    assert max((alone[key] - together[key]).abs().max() for key in start) < 5e-6
     lines = [[json.loads(line) for line in (root / name / "train.jsonl").open()] for root in (one, two)]
     for a, b in zip(*lines, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
