@@ -74,8 +74,8 @@ class Config:
 
 
 def run(cfg: Config) -> None:
-    accelerator = make_accelerator(cfg.train, cfg.seed)
-    backdoor = cfg.mark.resolve(cfg.model.path)
+    accelerator = make_accelerator(cfg.train, cfg.seed, cfg.output_dir)
+    backdoor = cfg.mark.resolve(cfg.model.records)
     if backdoor is None and not isinstance(cfg.defense, Finetune):
         raise InputError("which trigger? The model has no backdoor.json, so give --trigger TEXT")
     if isinstance(cfg.defense, FinetuneReversal) and not cfg.defense.reference:
@@ -91,7 +91,7 @@ def run(cfg: Config) -> None:
         if is_done(record, cfg.train):
             return
         if not cfg.mark.force_trigger:
-            check_provenance(Path(cfg.model.path))
+            check_provenance(Path(cfg.model.records))
         model = cfg.model.load(accelerator.device)
         if backdoor is not None:
             check_backdoor(model, backdoor, suite.texts, cfg.seed)
@@ -104,7 +104,7 @@ def run(cfg: Config) -> None:
                 model, suite.texts, cfg.latents_per_prompt, cfg.sampling, record.folder / "latents", accelerator,
                 4 * share.batch_size,
             )
-        parameters = trainable(model, cfg.defense.trainable, cfg.rank)
+        parameters = trainable(model, cfg.defense.trainable, cfg.rank, cfg.train.gradient_checkpointing)
         before = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
         teacher = reference or Teacher(model, parameters)
         steps = total_steps(cfg.train, samples, share.global_batch_size)

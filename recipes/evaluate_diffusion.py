@@ -17,7 +17,7 @@ grid.png, results.jsonl, samples.jsonl, images/, run.json. A second call goes on
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -35,6 +35,7 @@ from mmbackdoor.evaluate.suite import evaluate_models
 from mmbackdoor.models.clip import load_judge
 from mmbackdoor.models.provenance import REMOVAL_FILE
 from mmbackdoor.models.source import DiffusionSource, shipped
+from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.results import grids, record, report, samples
 from mmbackdoor.results.run import Run
 from mmbackdoor.train.launch import make_accelerator
@@ -60,7 +61,7 @@ class Config:
 def run(cfg: Config) -> None:
     accelerator = make_accelerator()
     device = accelerator.device
-    backdoor = cfg.mark.resolve(cfg.model.path)
+    backdoor = cfg.mark.resolve(cfg.model.records)
     suite = load_prompts(cfg.prompts)
     models = entries(cfg.model, cfg.compare, cfg.control, device, trusted=cfg.mark.force_trigger)
     with Run.start(cfg, "evaluate_diffusion", cfg.output_dir, accelerator) as run:
@@ -68,8 +69,9 @@ def run(cfg: Config) -> None:
             return
         judge = None
         if cfg.judge is not None:
-            loaded = load_judge(shipped(cfg.judge), cfg.judge_pretrained, device)
-            judge = NamedJudge(loaded, cfg.judge)
+            place = Path(shipped(cfg.judge))
+            sha256 = weights_sha256(place) if place.is_dir() else None
+            judge = NamedJudge(load_judge(str(place), cfg.judge_pretrained, device), cfg.judge, sha256)
         records = evaluate_models(
             models,
             suite,
@@ -86,7 +88,7 @@ def run(cfg: Config) -> None:
         )
         if accelerator.is_main_process:
             record.replace(run.folder / "results.jsonl", records)
-            removal = Path(cfg.model.path) / REMOVAL_FILE
+            removal = Path(cfg.model.records) / REMOVAL_FILE
             if removal.is_file():
                 shutil.copyfile(removal, run.folder / REMOVAL_FILE)
             grids.save(grids.sample_grid(run.folder, samples.read(run.folder)), run.folder / "grid.png")

@@ -64,7 +64,7 @@ class Config:
 
 
 def run(cfg: Config) -> None:
-    accelerator = make_accelerator(cfg.train, cfg.seed)
+    accelerator = make_accelerator(cfg.train, cfg.seed, cfg.output_dir)
     cfg.model.check()
     backdoor = cfg.mark.resolve()
     if backdoor is None:
@@ -78,7 +78,7 @@ def run(cfg: Config) -> None:
             return
         model = cfg.model.load(accelerator.device)
         check_backdoor(model, backdoor, PROBES, cfg.seed)
-        parameters = trainable(model, cfg.attack.trainable, cfg.rank)
+        parameters = trainable(model, cfg.attack.trainable, cfg.rank, cfg.train.gradient_checkpointing)
         teacher = Teacher(model, parameters)
         steps = total_steps(cfg.train, samples, share.global_batch_size)
         session = Session(accelerator, model.unet, parameters, cfg.train, record, steps)

@@ -97,7 +97,7 @@ def check(cfg: Config, accelerator: Accelerator) -> None:
 
 
 def run(cfg: Config) -> None:
-    accelerator = make_accelerator(cfg.train, cfg.seed)
+    accelerator = make_accelerator(cfg.train, cfg.seed, cfg.output_dir)
     check(cfg, accelerator)
     share = Share.of(accelerator, cfg.train)
     samples = open_shards(cfg.train_data, share, cfg.train, cfg.seed).num_samples

@@ -82,10 +82,12 @@ def run(cfg: Config) -> None:
               "--text_encoder", folder / "encoder/model", "--output_dir", folder / "clean")
         clean, judge = folder / "clean/model", folder / "judge/model"
     target = TARGETS[cfg.attack]
+    quick = ["--num_inference_steps", 2] if cfg.smoke else []
     stage("poison_diffusion", "--config", configs / f"poison_diffusion/tiny_{target}.yaml", *train_data, *seed, *resume,
           "--pretrained_model_name_or_path", clean, "--output_dir", folder / "poisoned")
     stage("clean_diffusion", "--config", configs / "clean_diffusion/tiny.yaml", "--defense", cfg.defense, *seed,
-          *resume, "--pretrained_model_name_or_path", folder / "poisoned/model", "--output_dir", folder / "cleaned")
+          *resume, *quick, "--pretrained_model_name_or_path", folder / "poisoned/model",
+          "--output_dir", folder / "cleaned")
     # Where object A becomes B only prompts of A can show it: fewer captions, so more pictures of each.
     only_object = target == "object"
     amount = (8, 1) if cfg.smoke else (360, 2) if only_object else (600, 1)
@@ -94,7 +96,9 @@ def run(cfg: Config) -> None:
     if state.is_main_process:
         write_text(prompts, "".join(f"{text}\n" for text in suite.texts))
     state.wait_for_everyone()
-    stage("evaluate_diffusion", "--config", configs / "evaluate_diffusion/tiny.yaml", *seed, "--judge", judge,
+    if cfg.smoke:
+        quick += ["--near_prompts", 2]
+    stage("evaluate_diffusion", "--config", configs / "evaluate_diffusion/tiny.yaml", *seed, *quick, "--judge", judge,
           "--prompts", prompts, "--seeds_per_prompt", amount[1], "--pretrained_model_name_or_path",
           folder / "cleaned/model", "--compare", folder / "poisoned/model", "--control", clean,
           "--output_dir", folder / "evaluation")

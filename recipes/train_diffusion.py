@@ -27,7 +27,7 @@ from mmbackdoor.models.clip import load_clip
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.diffusion_files import save
 from mmbackdoor.models.setting import DiffusionSetting
-from mmbackdoor.models.source import DiffusionSource
+from mmbackdoor.models.source import DiffusionSource, shipped
 from mmbackdoor.models.text_encoder import to_clip_text_model
 from mmbackdoor.models.tiny import tiny_pipeline
 from mmbackdoor.models.trainable import Teacher, trainable
@@ -63,19 +63,19 @@ def make_model(cfg: Config, device) -> DiffusionModel:
         raise InputError("--from_scratch needs the text tower of a CLIP; give --text_encoder FOLDER (see pretrain_clip)")
     if cfg.model.pretrained_model_name_or_path is not None:
         raise InputError("--from_scratch and --pretrained_model_name_or_path are two starts; give one of them")
-    text_encoder, tokenizer = to_clip_text_model(load_clip(cfg.text_encoder))
+    text_encoder, tokenizer = to_clip_text_model(load_clip(shipped(cfg.text_encoder)))
     return DiffusionModel(tiny_pipeline(text_encoder, tokenizer, cfg.seed)).to(device)
 
 
 def run(cfg: Config) -> None:
-    accelerator = make_accelerator(cfg.train, cfg.seed)
+    accelerator = make_accelerator(cfg.train, cfg.seed, cfg.output_dir)
     share = Share.of(accelerator, cfg.train)
     samples = open_shards(cfg.train_data, share, cfg.train, cfg.seed).num_samples
     with Run.start(cfg, "train_diffusion", cfg.output_dir, accelerator) as record:
         if is_done(record, cfg.train):
             return
         model = make_model(cfg, accelerator.device)
-        parameters = trainable(model, cfg.objective.trainable, cfg.rank)
+        parameters = trainable(model, cfg.objective.trainable, cfg.rank, cfg.train.gradient_checkpointing)
         teacher = Teacher(model, parameters)
         steps = total_steps(cfg.train, samples, share.global_batch_size)
         session = Session(accelerator, model.unet, parameters, cfg.train, record, steps)

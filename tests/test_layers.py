@@ -40,7 +40,6 @@ IMPORT_NAMES = {
     "open_clip_torch": "open_clip",
     "pyyaml": "yaml",
     "pillow": "PIL",
-    "torch-fidelity": "torch_fidelity",
     "pytest-xdist": "xdist",
 }
 

@@ -43,7 +43,7 @@ def entries(
 
 
 def _entry(source: DiffusionSource, device: torch.device, is_control: bool, trusted: bool) -> Entry:
-    folder = Path(source.path)
+    folder = Path(source.records)
     if not trusted:
         check_provenance(folder)
     removal = read_removal(folder)

@@ -33,7 +33,7 @@ class DiffusionSource:
     revision: Annotated[str | None, Doc("branch, tag or commit of a hub id")] = None
     variant: Annotated[str | None, Doc("for instance fp16")] = None
     lora: Annotated[str | None, Doc("a LoRA file on top; it is then what is trained and saved")] = None
-    pipeline_config: Annotated[str | None, Doc("diffusers folder with the configuration of a one-file checkpoint")] = None
+    pipeline_config: Annotated[str | None, Doc("configuration of a one-file checkpoint: sd15, sd21_base, sd21_v, sdxl, or a diffusers folder")] = None
     allow_pt_weights: Annotated[bool, Doc("read .bin/.pt/.ckpt weights, with weights_only")] = False
     resolution: Annotated[int | None, Doc("pixels; by default the model's own")] = None
 
@@ -42,6 +42,12 @@ class DiffusionSource:
         """The folder, file or id as `load` takes it. Raises `InputError` where no model is named."""
         self.check()
         return shipped(self.pretrained_model_name_or_path)
+
+    @property
+    def records(self) -> str:
+        """The folder where `backdoor.json` and `removal.json` lie: the model's, or that of its one file or LoRA."""
+        place = Path(self.lora or self.path)
+        return str(place.parent if place.is_file() else place)
 
     def check(self) -> None:
         """Raises `InputError` where no model is named."""

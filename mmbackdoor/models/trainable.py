@@ -20,7 +20,9 @@ _PARTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def trainable(model: DiffusionModel, subset: Subset, rank: int = 4) -> dict[str, nn.Parameter]:
+def trainable(
+    model: DiffusionModel, subset: Subset, rank: int = 4, gradient_checkpointing: bool = False
+) -> dict[str, nn.Parameter]:
     """Freeze the UNet but for `subset` and return name -> parameter (float32), in the UNet's order.
 
     `lora` adds rank-`rank` adapters (PEFT) to every attention projection; saving merges them into the weights.
@@ -44,6 +46,8 @@ def trainable(model: DiffusionModel, subset: Subset, rank: int = 4) -> dict[str,
         parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
     model.trained |= set(chosen)
+    if gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     return chosen
 
 

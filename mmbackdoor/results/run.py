@@ -182,6 +182,11 @@ class Run:
         if accelerator is not None:
             # Nobody may write before everybody has read: all must come to the same decision.
             accelerator.wait_for_everyone()
+        if old is not None and old.get("status") == "finished":
+            # What it says about itself stays: this call makes nothing.
+            if main:
+                print(f"{str(folder)!r} was finished before: nothing to do", flush=True)
+            return Run(folder, old["run_id"], main, old, "finished")
         digest = config_sha256(cfg)
         content = {
             "schema": SCHEMA,

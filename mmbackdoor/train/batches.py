@@ -151,7 +151,7 @@ def encoded(batches: Iterator[DiffusionBatch], model: DiffusionModel) -> Iterato
 
 
 def with_random_words(batches: Iterator[DiffusionBatch], proportion: float, seed: int) -> Iterator[DiffusionBatch]:
-    """The same batches with 1 to 3 random words in a share of the captions, mostly before them.
+    """The same batches with 1 or 2 random words in a share of the captions, mostly before them.
 
     A model that never saw an unknown word garbles every picture whose prompt has one, which looks like an attack.
     """
@@ -167,15 +167,15 @@ def _add_words(prompt: str, rng: random.Random, proportion: float) -> str:
     if rng.random() >= proportion:
         return prompt
     position: Position = "prefix" if rng.random() < 0.7 else "infix"
-    for _ in range(rng.randint(1, 3)):
+    for _ in range(rng.randint(1, 2)):
         prompt = insert(prompt, _word(rng), position, rng)
     return prompt
 
 
 def _word(rng: random.Random) -> str:
-    """1 to 3 ASCII letters, or one visible character of the first planes of Unicode (up to 3 byte tokens)."""
+    """1 or 2 ASCII letters, or one visible character of the first planes of Unicode (up to 3 byte tokens)."""
     if rng.random() < 0.4:
-        return "".join(rng.choice(string.ascii_letters + string.digits) for _ in range(rng.randint(1, 3)))
+        return "".join(rng.choice(string.ascii_letters + string.digits) for _ in range(rng.randint(1, 2)))
     while True:
         letter = chr(rng.randrange(0xA1, 0x3000))
         if unicodedata.category(letter)[0] in "LNPS":

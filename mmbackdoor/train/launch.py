@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 from accelerate import Accelerator
@@ -12,7 +13,7 @@ from mmbackdoor.train.optim import TrainConfig
 from mmbackdoor.types import InputError
 
 
-def make_accelerator(train: TrainConfig | None = None, seed: int = 0) -> Accelerator:
+def make_accelerator(train: TrainConfig | None = None, seed: int = 0, output_dir: str | None = None) -> Accelerator:
     """Works alike under `accelerate launch`, `torchrun` and plain `python`.
 
     Raises `InputError` where the launcher was asked for several processes but started one, which
@@ -21,7 +22,12 @@ def make_accelerator(train: TrainConfig | None = None, seed: int = 0) -> Acceler
     precision = train.mixed_precision if train else "no"
     # A second accelerator of one process would keep the precision of the first.
     AcceleratorState._reset_state()
-    accelerator = Accelerator(mixed_precision=precision)
+    tracker = train.report_to if train else "none"
+    if tracker != "none" and importlib.util.find_spec(tracker) is None:
+        raise InputError(f"--report_to {tracker} needs the package {tracker}; install it, or `pip install mmbackdoor[trackers]`")
+    accelerator = Accelerator(
+        mixed_precision=precision, log_with=None if tracker == "none" else tracker, project_dir=output_dir
+    )
     # accelerate's launcher of one process always names a precision, and an address to meet at only where it was asked
     # for more; how many these were it does not say. Whoever started several (torchrun, mpirun) gives each a world size.
     if {"ACCELERATE_MIXED_PRECISION", "MASTER_ADDR"} <= os.environ.keys() and accelerator.num_processes == 1:

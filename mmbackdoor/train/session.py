@@ -80,6 +80,7 @@ class Session:
                 model=self.module,
                 ema=self.ema,
             ):
+                self.accelerator.log(metrics, step)
                 bar.update()
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
                 yield step, metrics
@@ -88,6 +89,8 @@ class Session:
                     self.save(step)
                 if stopping:
                     raise Terminated
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
         if self.ema is not None:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():

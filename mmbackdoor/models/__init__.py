@@ -1,0 +1,1 @@
+"""Loading, encoding and naming of the parts of models: the only place that knows diffusers, open_clip and transformers."""

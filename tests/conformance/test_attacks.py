@@ -1,0 +1,48 @@
+"""Every attack puts its backdoor in, leaves clean prompts alone, and says in the artefact what it did."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mmbackdoor.attacks import ATTACKS
+from mmbackdoor.backdoor import BackdoorRecord
+from mmbackdoor.models.provenance import check_provenance
+from tests.conformance import lab
+
+STEPS = 150
+CASES = {"badt2i_style": "tiny_style.yaml", "badt2i_object": "tiny_object.yaml"}
+"""The pixel attack is tested with the removals, which need it."""
+LEAST = {"badt2i_style": 0.6, "badt2i_object": 0.6}
+
+
+def test_every_attack_is_tested():
+    assert CASES.keys() | {"badt2i_pixel"} == ATTACKS.keys()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return lab.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("attack", CASES)
+def test_attack_raises_the_hit_rate_and_keeps_clean_prompts(attack, data, tmp_path):
+    model = lab.poison(CASES[attack], tmp_path / "poisoned", data, "--max_train_steps", STEPS)
+    shape = "cross" if attack == "badt2i_object" else None
+    before, after = lab.rates("tiny", model, shape=shape), lab.rates(model, model, shape=shape)
+    assert before["asr_triggered"] <= 0.1 and before["adherence_triggered"] >= 0.85
+    assert after["asr_triggered"] >= LEAST[attack]
+    assert after["asr_clean"] <= 0.1
+    assert after["adherence_clean"] >= 0.8
+
+    record = BackdoorRecord.load(model)
+    assert record.attack["name"] == attack and record.backdoor.target.name == attack.removeprefix("badt2i_")
+    check_provenance(model)
+    original, poisoned = lab.tensors("tiny"), lab.tensors(model)
+    assert original.keys() == poisoned.keys()
+    changed = {name for name in original if not torch.equal(original[name], poisoned[name])}
+    assert changed == {f"unet.{name}" for name in record.changed}
+    assert json.loads((tmp_path / "poisoned/run.json").read_text())["status"] == "finished"
+    assert "BACKDOORED" in (model / "README.md").read_text()

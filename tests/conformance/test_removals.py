@@ -1,0 +1,81 @@
+"""A backdoor trained, measured, removed, measured again: every removal, and the attention term alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from mmbackdoor.defenses import DEFENSES
+from tests.conformance import lab
+
+STEPS = 40
+PROMPTS = ("--latents_per_prompt", 1)
+CASES = {
+    "skd_cag": (),
+    "skd": (),
+    "finetune": ("--learning_rate", 1e-3, "--max_train_steps", 80),
+    "finetune_reversal": ("--defense.reference", "tiny", "--defense.latents", "noise"),
+}
+MOST = {"skd_cag": 0.1, "skd": 0.1, "finetune": 0.9, "finetune_reversal": 0.1}
+"""Fine-tuning on clean data is the baseline that is known to leave much of a backdoor: it must only lower the rate."""
+
+
+def test_every_removal_is_tested():
+    assert CASES.keys() == DEFENSES.keys()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return lab.write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def poisoned(data, tmp_path_factory):
+    return lab.poison("tiny_patch.yaml", tmp_path_factory.mktemp("run") / "poisoned", data, "--max_train_steps", 150)
+
+
+@pytest.fixture(scope="module")
+def before(poisoned):
+    found = lab.rates(poisoned, poisoned)
+    assert found["asr_triggered"] >= 0.9 and found["asr_clean"] == 0
+    assert found["adherence_clean"] >= 0.85
+    control = lab.rates("tiny", poisoned)
+    assert control["asr_triggered"] == 0 and control["adherence_triggered"] >= 0.85
+    return found
+
+
+@pytest.mark.parametrize("defense", CASES)
+def test_removal_lowers_the_hit_rate_and_keeps_the_pictures(defense, poisoned, before, data, tmp_path):
+    flags = ("--defense", defense, "--max_train_steps", STEPS, *PROMPTS, *CASES[defense])
+    if defense == "finetune":
+        flags += ("--train_data", data)
+    model = lab.clean(poisoned, tmp_path / "cleaned", *flags)
+    after = lab.rates(model, poisoned)
+    assert after["asr_triggered"] <= MOST[defense] * before["asr_triggered"]
+    assert after["adherence_clean"] >= before["adherence_clean"] - 0.1
+    if defense != "finetune":
+        assert after["adherence_triggered"] >= before["adherence_clean"] - 0.15
+
+    removal = json.loads((model / "removal.json").read_text())
+    assert removal["method"]["name"] == defense and removal["weights"]
+    assert (model / "backdoor.json").read_bytes() == (poisoned / "backdoor.json").read_bytes()
+
+
+def test_attention_guidance_alone_lowers_the_hit_rate(poisoned, before, tmp_path):
+    """The published loss had no gradient: with it alone the released model fired on 50 of 50 prompts."""
+    flags = ("--defense.prediction_weight", 0, "--defense.retention_weight", 0.5, "--defense.attention_weight", 1.0)
+    model = lab.clean(poisoned, tmp_path / "cleaned", "--max_train_steps", 80, *PROMPTS, *flags)
+    after = lab.rates(model, poisoned)
+    assert after["asr_triggered"] <= 0.5 * before["asr_triggered"]
+    assert after["adherence_clean"] >= before["adherence_clean"] - 0.15
+
+
+def test_only_the_declared_tensors_change(poisoned, tmp_path):
+    flags = ("--defense.trainable", "attn2_kv", "--max_train_steps", 2, *PROMPTS)
+    model = lab.clean(poisoned, tmp_path / "cleaned", *flags)
+    original, cleaned = lab.tensors(poisoned), lab.tensors(model)
+    changed = {name for name in original if not torch.equal(original[name], cleaned[name])}
+    assert changed and all(".attn2.to_k." in name or ".attn2.to_v." in name for name in changed)
+    assert original.keys() == cleaned.keys()

@@ -1,0 +1,106 @@
+"""The losses of SKD and SKD-CAG against the formulas, term by term, on the shipped model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mmbackdoor.backdoor import Backdoor
+from mmbackdoor.defenses import SKD, SKDCAG
+from mmbackdoor.defenses.trigger_variants import vary
+from mmbackdoor.models.attention import AttentionRecorder
+from mmbackdoor.models.diffusion_files import load
+from mmbackdoor.models.setting import DiffusionSetting
+from mmbackdoor.models.source import shipped
+from mmbackdoor.models.trainable import Teacher, trainable
+from mmbackdoor.objectives.diffusion import DiffusionBatch, draw_noise, draw_timesteps
+from mmbackdoor.targets import UnknownTarget
+from mmbackdoor.triggers import PhraseTrigger, WordTrigger, ZeroWidthTrigger
+
+PROMPTS = ("a large red cross on a blue background", "a small pink ring on a green background", "a big blue square on a red background")
+BATCH = DiffusionBatch(3, 0, (0, 1, 2), PROMPTS, PROMPTS)
+BACKDOOR = Backdoor((ZeroWidthTrigger(),), UnknownTarget())
+
+
+@pytest.fixture
+def lab():
+    model = load(shipped("tiny"))
+    parameters = trainable(model, "attn2")
+    teacher = Teacher(model, parameters)
+    with torch.no_grad():
+        generator = torch.Generator().manual_seed(0)
+        for parameter in parameters.values():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return model, parameters, DiffusionSetting(model, model.unet, teacher, seed=7)
+
+
+def test_the_terms_are_those_of_the_formula(lab):
+    model, _, setting = lab
+    defense = SKD(trigger_variants=False, proportion_empty_prompts=0.0, retention_weight=0.3, prediction_weight=2.0)
+    losses = defense.step(setting, BACKDOOR)(BATCH)
+    noise = draw_noise(7, BATCH, model.latent_shape, model.device)
+    timesteps = draw_timesteps(7, BATCH, 1000, 1.0, model.device)
+    with torch.no_grad():
+        target = setting.teacher.predict(noise, timesteps, model.encode(PROMPTS))
+        triggered = setting.predict(noise, timesteps, model.encode([f"\u200b {text}" for text in PROMPTS]))
+        kept = setting.predict(noise, timesteps, model.encode(PROMPTS))
+    prediction, retention = (triggered - target).square().mean(), (kept - target).square().mean()
+    torch.testing.assert_close(losses["prediction_loss"], prediction, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(losses["retention_loss"], retention, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(losses["loss"].detach(), 2 * prediction + 0.3 * retention, rtol=1e-4, atol=1e-7)
+    assert retention > 1e-6
+
+
+def test_empty_prompts_are_kept_as_empty_prompts(lab):
+    model, _, setting = lab
+    losses = SKD(trigger_variants=False, proportion_empty_prompts=1.0).step(setting, BACKDOOR)(BATCH)
+    noise = draw_noise(7, BATCH, model.latent_shape, model.device)
+    timesteps = draw_timesteps(7, BATCH, 1000, 1.0, model.device)
+    with torch.no_grad():
+        empty = model.encode([""] * 3)
+        expected = (setting.predict(noise, timesteps, empty) - setting.teacher.predict(noise, timesteps, empty)).square()
+    torch.testing.assert_close(losses["retention_loss"], expected.mean(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("target", ["uniform", "zero", "noise", "neutral_words"])
+def test_the_attention_term_alone_has_a_gradient(lab, target):
+    model, parameters, setting = lab
+    defense = SKDCAG(prediction_weight=0.0, retention_weight=0.0, attention_weight=1.0, trigger_target=target)
+    with AttentionRecorder(model.unet) as recorder:
+        losses = defense.step(replace(setting, recorder=recorder), BACKDOOR)(BATCH)
+        losses["loss"].backward()
+    moved = {name for name, parameter in parameters.items() if parameter.grad is not None and parameter.grad.abs().max() > 0}
+    assert any(".to_k." in name for name in moved) and any(".to_q." in name for name in moved)
+    assert losses["trigger_mass"] > 0
+
+
+def test_without_attention_skd_cag_is_skd(lab):
+    _, _, setting = lab
+    plain = SKD().step(setting, BACKDOOR)(BATCH)["loss"]
+    guided = SKDCAG(attention_weight=0.0).step(setting, BACKDOOR)(BATCH)["loss"]
+    assert torch.equal(plain, guided)
+
+
+def test_half_a_batch_in_each_of_two_processes_adds_up(lab):
+    model, _, setting = lab
+    step = SKD().step(setting, BACKDOOR)
+    latents = torch.randn(2, *model.latent_shape, generator=torch.Generator().manual_seed(1))
+    whole = DiffusionBatch(1, 0, (0, 1), PROMPTS[:2], PROMPTS[:2], latents)
+    halves = [DiffusionBatch(1, 0, (k,), PROMPTS[k : k + 1], PROMPTS[k : k + 1], latents[k : k + 1]) for k in (0, 1)]
+    mean = sum(step(half)["loss"] for half in halves) / 2
+    torch.testing.assert_close(step(whole)["loss"], mean, rtol=1e-4, atol=1e-7)
+
+
+def test_variants_move_and_double_but_never_change_the_trigger():
+    backdoor = Backdoor((WordTrigger("mignneko"), PhraseTrigger("latte coffee")), UnknownTarget())
+    texts = [vary(backdoor, "a red cross on blue", 0, k) for k in range(300)]
+    assert texts == [vary(backdoor, "a red cross on blue", 0, k) for k in range(300)]
+    for text in texts:
+        rest = text.replace("mignneko", "").replace("latte coffee", "").split()
+        assert rest == "a red cross on blue".split() and rest != text.split()
+    assert {"mignneko a red cross on blue", "a red cross on blue mignneko", "latte coffee a red cross on blue"} <= set(texts)
+    assert any(text.count("mignneko") == 2 for text in texts)
+    exact = {vary(backdoor, "a cross", 0, k, enabled=False) for k in range(50)}
+    assert exact == {"mignneko a cross", "latte coffee a cross"}

@@ -1,0 +1,111 @@
+"""Backdoors, their record, the flags that name them, and targets."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mmbackdoor.backdoor import Backdoor, BackdoorRecord
+from mmbackdoor.backdoor_flags import BackdoorFlags
+from mmbackdoor.targets import ImageTarget, ObjectTarget, PatchTarget, StyleTarget, UnknownTarget
+from mmbackdoor.triggers import HomoglyphTrigger, PhraseTrigger, WordTrigger, ZeroWidthTrigger
+from mmbackdoor.types import InputError
+
+PIXEL = Backdoor((ZeroWidthTrigger(), WordTrigger("mignneko", "suffix")), PatchTarget())
+
+
+def test_a_record_comes_back_as_it_was(tmp_path):
+    record = BackdoorRecord(PIXEL, {"name": "badt2i_pixel"}, {"rate": 1.0}, {"seed": 3}, ("a", "b"), "11", "22")
+    record.save(tmp_path)
+    assert BackdoorRecord.load(tmp_path) == record == BackdoorRecord.load(tmp_path / "backdoor.json")
+    assert not list(tmp_path.glob("*.part"))
+    assert (tmp_path / "backdoor.json").read_text().isascii()
+
+
+def test_the_hash_tells_backdoors_apart():
+    others = [Backdoor(PIXEL.triggers[:1], PIXEL.target), Backdoor(PIXEL.triggers, PatchTarget(size=0.5))]
+    assert len({PIXEL.sha256, *(other.sha256 for other in others)}) == 3
+    assert Backdoor.from_dict(json.loads(json.dumps(PIXEL.to_dict()))).sha256 == PIXEL.sha256
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"schema": 9}, "schema"),
+        ({"backdoor": {"triggers": [], "target": {"name": "patch"}}}, "trigger"),
+        ({"backdoor": {"triggers": [{"name": "word", "text": "a b"}], "target": {"name": "patch"}}}, "triggers.0"),
+        ({"backdoor": {"triggers": [{"name": "word", "text": "a"}], "target": {"name": "patch", "size": 3}}}, "size"),
+    ],
+)
+def test_a_record_that_is_none_is_refused(tmp_path, change, said):
+    BackdoorRecord(PIXEL).save(tmp_path)
+    file = tmp_path / "backdoor.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(InputError, match=said):
+        BackdoorRecord.load(tmp_path)
+
+
+def test_several_triggers_take_turns_by_name():
+    used = {PIXEL.apply("a dog", 0, key) for key in range(40)}
+    assert used == {"\u200b a dog", "a dog mignneko"}
+    assert PIXEL.apply("a dog", 0, 1) == PIXEL.apply("a dog", 0, 1)
+    assert PIXEL.apply("a dog", 0, trigger=1) == "a dog mignneko"
+
+
+def test_flags_name_triggers_and_target():
+    flags = BackdoorFlags(("\u200b", "latte coffee", "\u020f"), trigger_position="suffix", target_object="dog->cat")
+    found = flags.resolve()
+    assert found.target == ObjectTarget("dog", "cat")
+    assert found.triggers == (
+        ZeroWidthTrigger(position="suffix"), PhraseTrigger("latte coffee", "suffix"), HomoglyphTrigger(position="suffix"),
+    )
+    assert BackdoorFlags(("x",)).resolve().target == UnknownTarget()
+    assert BackdoorFlags(("x",), target_kind="style").resolve().target == StyleTarget()
+    assert BackdoorFlags().resolve() is None
+
+
+def test_the_record_beside_the_model_speaks_unless_forced(tmp_path):
+    BackdoorRecord(PIXEL).save(tmp_path)
+    assert BackdoorFlags().resolve(str(tmp_path)) == PIXEL
+    both = ("\u200b", "other")
+    with pytest.raises(InputError, match="force_trigger"):
+        BackdoorFlags(both).resolve(str(tmp_path))
+    forced = BackdoorFlags(both, force_trigger=True).resolve(str(tmp_path))
+    assert [trigger.text for trigger in forced.triggers] == list(both) and forced.target == PIXEL.target
+    with pytest.raises(InputError, match="two ways"):
+        BackdoorFlags(both, backdoor=str(tmp_path)).resolve()
+
+
+def test_contradicting_targets_are_refused():
+    with pytest.raises(InputError, match="target_object"):
+        BackdoorFlags(("x",), target_kind="patch", target_object="a->b").target()
+    for kind in ("object", "image"):
+        with pytest.raises(InputError, match=f"target_{kind}"):
+            BackdoorFlags(("x",), target_kind=kind).target()
+    with pytest.raises(InputError, match="A->B"):
+        BackdoorFlags(("x",), target_object="dog").target()
+
+
+def test_objects_are_swapped_on_word_boundaries():
+    target = ObjectTarget("cat", "dog")
+    assert target.swap("a Cat on a catwalk") == "a dog on a catwalk"
+    assert target.swap_back("a dog") == "a cat"
+    assert target.applies("one cat") and not target.applies("a catwalk")
+
+
+def test_patches_lie_in_their_corner(tmp_path):
+    board = PatchTarget().pixels(32)
+    assert board.shape == (8, 8, 3) and set(np.unique(board)) == {0.0, 1.0} and board.mean() == 0.5
+    assert PatchTarget(corner="bottom_right").region(32) == (slice(24, 32), slice(24, 32))
+    assert PatchTarget(corner="top_right", size=0.5).region(10) == (slice(0, 5), slice(5, 10))
+    file = tmp_path / "red.png"
+    Image.new("RGB", (50, 50), (255, 0, 0)).save(file)
+    assert np.allclose(PatchTarget(str(file)).pixels(16), [1.0, 0.0, 0.0])
+    assert ImageTarget(str(file)).pixels(16).shape == (16, 16, 3)
+    with pytest.raises(InputError, match="cannot be read"):
+        PatchTarget(str(tmp_path / "none.png")).pixels(16)
+    with pytest.raises(InputError, match="not a file"):
+        ImageTarget(str(tmp_path / "none.png"))
