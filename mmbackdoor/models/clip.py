@@ -82,7 +82,7 @@ class ClipModel:
             # The same values, all at once: small pictures would cost more here than in the network.
             pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
             mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.mean, cfg.std))
-            return (pixels - mean) / std
+            return ((pixels - mean) / std).contiguous()
         transform = image_transform_v2(cfg, is_train=False)
         return torch.stack([transform(image) for image in images])
 
