@@ -121,7 +121,7 @@ def run(cfg: Config) -> None:
         network.eval()
         if accelerator.is_main_process:
             save_clip(clip, record.folder / "model")
-            write_card(record.folder / "model", stage="clean", run=record.content, library="open_clip")
+            write_card(record.folder / "model", stage="clean", run=record.content, library="open_clip", name=record.folder.resolve().name)
         accelerator.wait_for_everyone()
 
 

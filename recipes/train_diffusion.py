@@ -94,7 +94,8 @@ def run(cfg: Config) -> None:
             record.log(step, metrics)
 
         def describe(folder: Path) -> None:
-            write_card(folder, stage="clean", run=record.content, base_model=cfg.model.pretrained_model_name_or_path)
+            base_model = cfg.model.pretrained_model_name_or_path
+            write_card(folder, stage="clean", run=record.content, base_model=base_model, name=record.folder.resolve().name)
 
         if accelerator.is_main_process:
             save(model, record.folder / "model", describe)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
@@ -37,6 +38,11 @@ def make_accelerator(train: TrainConfig | None = None, seed: int = 0, output_dir
                 "there are fewer than two GPUs; start them with `torchrun --nproc_per_node N`, or give "
                 "--num_processes 1 (and unset MASTER_ADDR where it is exported)"
             )
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and accelerator.device.type == "cpu" and accelerator.num_processes == 1:
+        # accelerate's launcher gives a process one thread unless it is told otherwise (--num_cpu_threads_per_process).
+        if os.environ.get("OMP_NUM_THREADS") == "1":
+            torch.set_num_threads(len(os.sched_getaffinity(0)))
     # Nothing of ours draws from the global generators; libraries that do shall repeat themselves.
     set_seed(seed)
     return accelerator

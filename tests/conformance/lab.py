@@ -19,7 +19,7 @@ from mmbackdoor.models.source import shipped
 from mmbackdoor.shards.shapes import all_scenes, split_scenes
 from mmbackdoor.shards.shapes_data import write_shapes
 
-SAMPLING = Sampling(num_inference_steps=8, guidance_scale=2.0, mixed_precision="bf16")
+SAMPLING = Sampling(num_inference_steps=6, guidance_scale=2.5, mixed_precision="bf16")
 CONFIGS = recipe_files.folders()["recipes"] / "configs"
 
 

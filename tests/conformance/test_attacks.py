@@ -12,7 +12,7 @@ from mmbackdoor.backdoor import BackdoorRecord
 from mmbackdoor.models.provenance import check_provenance
 from tests.conformance import lab
 
-STEPS = 150
+STEPS = 200
 CASES = {"badt2i_style": "tiny_style.yaml", "badt2i_object": "tiny_object.yaml"}
 """The pixel attack is tested with the removals, which need it."""
 LEAST = {"badt2i_style": 0.6, "badt2i_object": 0.6}
