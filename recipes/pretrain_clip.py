@@ -121,7 +121,8 @@ def run(cfg: Config) -> None:
         network.eval()
         if accelerator.is_main_process:
             save_clip(clip, record.folder / "model")
-            write_card(record.folder / "model", stage="clean", run=record.content, library="open_clip", name=record.folder.resolve().name)
+            name = record.folder.resolve().name
+            write_card(record.folder / "model", stage="clean", run=record.content, library="open_clip", name=name)
         accelerator.wait_for_everyone()
 
 

@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from accelerate import PartialState
-
 from mmbackdoor import recipe_files
 from mmbackdoor.config import Doc, parse
+from mmbackdoor.config_schema import is_main_process
 from mmbackdoor.entry import main
 from mmbackdoor.evaluate.prompts import shape_prompts
 from mmbackdoor.results.record import write_text
 from mmbackdoor.results.tables import compare
 from mmbackdoor.shards.shapes import all_scenes, split_scenes
 from mmbackdoor.shards.shapes_data import write_shapes
+from mmbackdoor.train.launch import make_accelerator
 
 TARGETS = {"badt2i_pixel": "patch", "badt2i_style": "style", "badt2i_object": "object"}
 OBJECT = "cross"
@@ -47,7 +47,7 @@ class Config:
 def stage(recipe: str, *flags: object) -> None:
     """Run another recipe in this process, and say by which command it can be run alone."""
     arguments = [str(flag) for flag in flags]
-    if PartialState().is_main_process:
+    if is_main_process():
         print(f"\n$ accelerate launch -q recipes/{recipe}.py {shlex.join(arguments)}", flush=True)
     module = recipe_files.load(recipe)
     module.run(parse(module.Config, arguments))
@@ -56,7 +56,7 @@ def stage(recipe: str, *flags: object) -> None:
 def run(cfg: Config) -> None:
     folder = Path(cfg.output_dir)
     configs = recipe_files.folders()["recipes"] / "configs"
-    state = PartialState()
+    state = make_accelerator(seed=cfg.seed)
     seed = ["--seed", cfg.seed]
     resume = ["--resume_from_checkpoint", "auto", *(["--max_train_steps", 3] if cfg.smoke else [])]
 

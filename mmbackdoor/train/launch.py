@@ -27,6 +27,8 @@ def make_accelerator(train: TrainConfig | None = None, seed: int = 0, output_dir
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
         raise InputError(f"--report_to {tracker} needs the package {tracker}; install it, or `pip install mmbackdoor[trackers]`")
     accelerator = Accelerator(
+        # Several processes without an accelerator talk by gloo only where the CPU is asked for.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=precision, log_with=None if tracker == "none" else tracker, project_dir=output_dir
     )
     # accelerate's launcher of one process always names a precision, and an address to meet at only where it was asked

@@ -81,7 +81,6 @@ def test_two_processes_train_what_one_does(shards, tmp_path):
                str(recipe_files.folders()["recipes"] / "pretrain_clip.py"), "--train_data", shards,
                "--output_dir", str(tmp_path / "two"), "--batch-size", "8", *flags]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    environment["ACCELERATE_USE_CPU"] = "true"
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))

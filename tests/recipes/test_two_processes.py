@@ -29,7 +29,7 @@ from mmbackdoor.shards.shapes_data import write_shapes
 RECIPES = recipe_files.folders()["recipes"]
 UNET = "model/unet/diffusion_pytorch_model.safetensors"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+ENVIRONMENT = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
 STEPS = 3
 
 # Runs several recipes in one start of the launcher, each as the command line would, and keeps the initial latents.
