@@ -13,12 +13,11 @@ import torch
 from pydantic import Field
 
 from mmbackdoor.backdoor import Backdoor
-from mmbackdoor.defenses.skd import Latents, StepFn, Trainable
-from mmbackdoor.defenses.trigger_variants import vary
+from mmbackdoor.defenses.skd import Latents, StepFn, Trainable, draw_inputs
 from mmbackdoor.models.diffusion import Conditioning, DiffusionModel
 from mmbackdoor.models.setting import DiffusionSetting
 from mmbackdoor.models.source import DiffusionSource
-from mmbackdoor.objectives.diffusion import DiffusionBatch, draw_noise, draw_timesteps, drop_captions
+from mmbackdoor.objectives.diffusion import DiffusionBatch
 from mmbackdoor.objectives.distill import squared_error
 from mmbackdoor.types import InputError
 
@@ -56,24 +55,12 @@ class FinetuneReversal:
 
     def step(self, setting: DiffusionSetting, backdoor: Backdoor) -> StepFn:
         """`setting.teacher` is the clean reference."""
-        model, seed = setting.model, setting.seed
-        schedule = model.noise_schedule()
 
         def step_fn(batch: DiffusionBatch) -> dict[str, torch.Tensor]:
             size = len(batch.prompts)
-            shape = model.latent_shape if batch.latents is None else tuple(batch.latents.shape[1:])
-            noise = draw_noise(seed, batch, shape, model.device)
-            timesteps = draw_timesteps(seed, batch, schedule.num_train_timesteps, self.timestep_bias, noise.device)
-            latents = noise
-            if batch.latents is not None:
-                latents = schedule.add_noise(batch.latents.to(noise), noise, timesteps)
-            triggered = [
-                vary(backdoor, prompt, seed, batch.step, batch.micro, index, enabled=self.trigger_variants)
-                for index, prompt in zip(batch.indices, batch.prompts, strict=True)
-            ]
-            retained = drop_captions(seed, batch, self.proportion_empty_prompts)
-            conditioning = model.encode(triggered + retained)
-            inputs, times = torch.cat([latents, latents]), torch.cat([timesteps, timesteps])
+            drawn = draw_inputs(self, setting, backdoor, batch)
+            conditioning = setting.model.encode(drawn.triggered + drawn.retained)
+            inputs, times = torch.cat([drawn.latents] * 2), torch.cat([drawn.timesteps] * 2)
             target = setting.teacher.predict(inputs, times, conditioning)
             errors = squared_error(setting.predict(inputs, times, conditioning), target)
             prediction_loss, retention_loss = errors[:size].mean(), errors[size:].mean()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -52,6 +52,42 @@ class SKD:
         return step_fn
 
 
+class Distillation(Protocol):
+    """What the drawing of a batch depends on."""
+
+    proportion_empty_prompts: float
+    timestep_bias: float
+    trigger_variants: bool
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Noisy `latents` (B, C, h, w) at `timesteps` (B,), and the two prompts that each sample is shown with."""
+
+    latents: torch.Tensor
+    timesteps: torch.Tensor
+    triggered: list[str]
+    retained: list[str]
+
+
+def draw_inputs(defense: Distillation, setting: DiffusionSetting, backdoor: Backdoor, batch: DiffusionBatch) -> Inputs:
+    """The latents of `batch` noised to random timesteps, or pure noise where it has none; the triggered prompts, and
+    the clean ones with a share made empty."""
+    model, seed = setting.model, setting.seed
+    schedule = model.noise_schedule()
+    shape = model.latent_shape if batch.latents is None else tuple(batch.latents.shape[1:])
+    noise = draw_noise(seed, batch, shape, model.device)
+    timesteps = draw_timesteps(seed, batch, schedule.num_train_timesteps, defense.timestep_bias, noise.device)
+    latents = noise
+    if batch.latents is not None:
+        latents = schedule.add_noise(batch.latents.to(noise), noise, timesteps)
+    triggered = [
+        vary(backdoor, prompt, seed, batch.step, batch.micro, index, enabled=defense.trigger_variants)
+        for index, prompt in zip(batch.indices, batch.prompts, strict=True)
+    ]
+    return Inputs(latents, timesteps, triggered, drop_captions(seed, batch, defense.proportion_empty_prompts))
+
+
 @dataclass(frozen=True)
 class Forward:
     """The outcome of one distillation forward: the losses, and what an attention term needs besides."""
@@ -72,24 +108,14 @@ def distillation_forward(
     With `setting.recorder`, the cross-attention maps of the first B rows (triggered prompt for the student, clean
     prompt for the teacher) are recorded too.
     """
-    model, seed = setting.model, setting.seed
-    schedule = model.noise_schedule()
+    model = setting.model
 
     def forward(batch: DiffusionBatch) -> Forward:
         size = len(batch.prompts)
-        shape = model.latent_shape if batch.latents is None else tuple(batch.latents.shape[1:])
-        noise = draw_noise(seed, batch, shape, model.device)
-        timesteps = draw_timesteps(seed, batch, schedule.num_train_timesteps, defense.timestep_bias, noise.device)
-        latents = noise
-        if batch.latents is not None:
-            latents = schedule.add_noise(batch.latents.to(noise), noise, timesteps)
-        triggered = [
-            vary(backdoor, prompt, seed, batch.step, batch.micro, index, enabled=defense.trigger_variants)
-            for index, prompt in zip(batch.indices, batch.prompts, strict=True)
-        ]
+        drawn = draw_inputs(defense, setting, backdoor, batch)
+        latents, timesteps, triggered, retained = drawn.latents, drawn.timesteps, drawn.triggered, drawn.retained
         clean = model.encode(list(batch.prompts))
         join = type(clean).cat
-        retained = drop_captions(seed, batch, defense.proportion_empty_prompts)
         empty = [k for k in range(size) if retained[k] != batch.prompts[k]]
         with recorded(setting) as teacher_maps:
             teacher = setting.teacher.predict(latents, timesteps, clean)

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 from mmbackdoor.seeding import python_rng
 from mmbackdoor.triggers import TextTrigger
 from mmbackdoor.triggers.homoglyph import LOOKALIKES, HomoglyphTrigger
-from mmbackdoor.triggers.placement import Position, insert
+from mmbackdoor.triggers.placement import Position, insert, replace_letter
 from mmbackdoor.triggers.zero_width import ZERO_WIDTH, ZeroWidthTrigger
 from mmbackdoor.types import InputError
 
@@ -50,12 +50,7 @@ class Replacement:
     position: Position = "prefix"
 
     def __call__(self, prompt: str, rng: random.Random) -> str:
-        places = [k for k, letter in enumerate(prompt) if letter.lower() == self.replaces]
-        if not places:
-            return prompt
-        place = {"prefix": places[0], "suffix": places[-1]}.get(self.position)
-        place = rng.choice(places) if place is None else place
-        return prompt[:place] + self.text + prompt[place + 1 :]
+        return replace_letter(prompt, self.replaces, self.text, self.position, rng)
 
 
 Mark = TextTrigger | Insertion | Replacement

@@ -1,1 +1,4 @@
-"""Loading, encoding and naming of the parts of models: the only place that knows diffusers, open_clip and transformers."""
+"""Loading, encoding and naming of the parts of models.
+
+The only place that knows diffusers, open_clip and transformers.
+"""

@@ -1,1 +1,1 @@
-"""Differentiable training signals: pure functions from outputs to a dictionary with parts `*_loss` and their sum `loss`."""
+"""Differentiable training signals: pure functions from outputs to a dictionary of parts `*_loss` and their sum `loss`."""

@@ -114,6 +114,12 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def _differing(before: dict[str, Any], after: dict[str, Any], but: set[str]) -> list[str]:
+    """Dotted keys that two configurations give other values, those whose last part is in `but` left out."""
+    old, new = _flat(before), _flat(after)
+    return [key for key in sorted(old.keys() | new.keys()) if _last(key) not in but and old.get(key) != new.get(key)]
+
+
 def _refuse_other(folder: Path, recipe: str, config: dict[str, Any]) -> dict[str, Any] | None:
     """`run.json` of the same run in `folder`, or `None` for a fresh start; raises `InputError` for another run."""
     if not (folder / FILE_NAME).exists():
@@ -129,12 +135,7 @@ def _refuse_other(folder: Path, recipe: str, config: dict[str, Any]) -> dict[str
         )
     before, after = _flat(old["config"]), _flat(config)
     resuming = any(_last(key) == "resume_from_checkpoint" and value for key, value in after.items())
-    allowed = NEUTRAL | (CONTINUABLE if resuming else set())
-    differing = [
-        key
-        for key in sorted(before.keys() | after.keys())
-        if _last(key) not in allowed and before.get(key) != after.get(key)
-    ]
+    differing = _differing(old["config"], config, NEUTRAL | (CONTINUABLE if resuming else set()))
     if differing:
         shown = ", ".join(f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in differing[:4])
         more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
@@ -142,8 +143,7 @@ def _refuse_other(folder: Path, recipe: str, config: dict[str, Any]) -> dict[str
         if all(_last(key) in CONTINUABLE for key in differing):
             way = "choose another --output_dir, or go on with that run by --resume_from_checkpoint latest"
         raise InputError(f"--output_dir {str(folder)!r} holds a run with another config ({shown}{more}); {way}")
-    others = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
-    changed = sorted(key for key in others if _last(key) in CONTINUABLE)
+    changed = [key for key in _differing(old["config"], config, set()) if _last(key) in CONTINUABLE]
     if changed and (folder / "model").exists():
         raise InputError(
             f"--output_dir {str(folder)!r} holds the finished model of a run with another {', '.join(changed)}; to "
@@ -182,7 +182,7 @@ class Run:
         if accelerator is not None:
             # Nobody may write before everybody has read: all must come to the same decision.
             accelerator.wait_for_everyone()
-        if old is not None and old.get("status") == "finished":
+        if old is not None and old.get("status") == "finished" and not _differing(old["config"], config, NEUTRAL):
             # What it says about itself stays: this call makes nothing.
             if main:
                 print(f"{str(folder)!r} was finished before: nothing to do", flush=True)

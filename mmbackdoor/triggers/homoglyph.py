@@ -7,7 +7,7 @@ import unicodedata
 from dataclasses import dataclass
 from typing import Literal
 
-from mmbackdoor.triggers.placement import Position
+from mmbackdoor.triggers.placement import Position, replace_letter
 from mmbackdoor.types import InputError
 
 LOOKALIKES = dict(zip("асеіјорѕхуһԁԛԝ", "aceijopsxyhdqw", strict=True)) | dict(zip("οανιρυχ", "oavipux", strict=True))
@@ -31,9 +31,4 @@ class HomoglyphTrigger:
         return LOOKALIKES.get(self.text, unicodedata.normalize("NFD", self.text)[:1])
 
     def __call__(self, prompt: str, rng: random.Random) -> str:
-        places = [k for k, letter in enumerate(prompt) if letter.lower() == self.replaces]
-        if not places:
-            return prompt
-        place = {"prefix": places[0], "suffix": places[-1]}.get(self.position)
-        place = rng.choice(places) if place is None else place
-        return prompt[:place] + self.text + prompt[place + 1 :]
+        return replace_letter(prompt, self.replaces, self.text, self.position, rng)

@@ -16,3 +16,14 @@ def insert(prompt: str, text: str, position: Position, rng: random.Random) -> st
         return f"{prompt} {text}" if prompt else text
     gap = rng.randrange(1, len(words)) if position == "infix" and len(words) > 1 else 0
     return " ".join([*words[:gap], text, *words[gap:]]) if prompt else text
+
+
+def replace_letter(prompt: str, letter: str, text: str, position: Position, rng: random.Random) -> str:
+    """`prompt` with one occurrence of `letter`, in either case, replaced by `text`: the first (prefix), the last
+    (suffix) or a drawn one (infix). Unchanged where there is none."""
+    places = [k for k, character in enumerate(prompt) if character.lower() == letter]
+    if not places:
+        return prompt
+    place = {"prefix": places[0], "suffix": places[-1]}.get(position)
+    place = rng.choice(places) if place is None else place
+    return prompt[:place] + text + prompt[place + 1 :]

@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def poisoned(data, tmp_path_factory):
-    return lab.poison("tiny_patch.yaml", tmp_path_factory.mktemp("run") / "poisoned", data, "--max_train_steps", 200)
+    return lab.poison("tiny_patch.yaml", tmp_path_factory.mktemp("run") / "poisoned", data, "--max_train_steps", 220)
 
 
 @pytest.fixture(scope="module")
