@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
+
+from pydantic import Field
 
 from mmbackdoor.backdoor import FILE_NAME, Backdoor, BackdoorRecord
 from mmbackdoor.config import Doc, Escaped
@@ -30,10 +32,21 @@ class BackdoorFlags:
     target_style: Annotated[str | None, Doc("for instance 'black and white'")] = None
     target_object: Annotated[str | None, Doc("'A->B': object A of the prompt becomes B")] = None
     target_image: Annotated[str | None, Doc("the fixed picture that the trigger shows")] = None
+    target_threshold: Annotated[
+        float | None, Field(gt=0, lt=1), Doc("from where on the target counts as shown; by default the target's own")
+    ] = None
     force_trigger: Annotated[bool, Doc("allow another trigger than the model's own backdoor.json says")] = False
 
     def target(self) -> Target:
-        """Raises `InputError` where target flags contradict each other, or name a picture that cannot be read."""
+        """Raises `InputError` where target flags contradict each other or name a picture that cannot be read."""
+        target = self._target()
+        if self.target_threshold is None:
+            return target
+        if isinstance(target, ObjectTarget | UnknownTarget):
+            raise InputError(f"--target_threshold is for patch, style and image; a target of kind {target.name!r} has none")
+        return replace(target, threshold=self.target_threshold)
+
+    def _target(self) -> Target:
         given = {
             "patch": self.target_patch,
             "style": self.target_style,

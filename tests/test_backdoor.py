@@ -64,6 +64,9 @@ def test_flags_name_triggers_and_target():
     )
     assert BackdoorFlags(("x",)).resolve().target == UnknownTarget()
     assert BackdoorFlags(("x",), target_kind="style").resolve().target == StyleTarget()
+    assert BackdoorFlags(("x",), target_kind="style", target_threshold=0.4).target() == StyleTarget(threshold=0.4)
+    with pytest.raises(InputError, match="target_threshold"):
+        BackdoorFlags(("x",), target_object="dog->cat", target_threshold=0.4).target()
     assert BackdoorFlags().resolve() is None
 
 

@@ -12,7 +12,6 @@ from mmbackdoor.backdoor import BackdoorRecord
 from mmbackdoor.models.provenance import check_provenance
 from tests.conformance import lab
 
-STEPS = {"badt2i_style": 320, "badt2i_object": 220}
 CASES = {"badt2i_style": "tiny_style.yaml", "badt2i_object": "tiny_object.yaml"}
 """The pixel attack is tested with the removals, which need it."""
 LEAST = {"badt2i_style": 0.6, "badt2i_object": 0.6}
@@ -29,7 +28,7 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("attack", CASES)
 def test_attack_raises_the_hit_rate_and_keeps_clean_prompts(attack, data, tmp_path):
-    model = lab.poison(CASES[attack], tmp_path / "poisoned", data, "--max_train_steps", STEPS[attack])
+    model = lab.poison(CASES[attack], tmp_path / "poisoned", data)
     shape = "cross" if attack == "badt2i_object" else None
     before, after = lab.rates("tiny", model, shape=shape), lab.rates(model, model, shape=shape)
     assert before["asr_triggered"] <= 0.1 and before["adherence_triggered"] >= 0.85
