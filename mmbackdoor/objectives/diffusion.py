@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -25,7 +25,6 @@ class DiffusionBatch:
     latents: torch.Tensor | None = None
     images: torch.Tensor | None = None
     """(B, 3, H, W) in [-1, 1]; for methods that change the picture before it is encoded."""
-    extra: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def draw_noise(seed: int, batch: DiffusionBatch, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
