@@ -80,8 +80,6 @@ def run(cfg: Config) -> None:
         raise InputError("which trigger? The model has no backdoor.json, so give --trigger TEXT")
     if isinstance(cfg.defense, FinetuneReversal) and not cfg.defense.reference:
         raise InputError("finetune_reversal needs a clean model; give --defense.reference FOLDER")
-    if isinstance(cfg.defense, Finetune) and cfg.defense.latents == "noise":
-        raise InputError("finetune needs pictures, so --defense.latents noise is impossible; give 'data' or 'teacher'")
     suite = load_prompts(cfg.prompts)
     share = Share.of(accelerator, cfg.train)
     samples = len(suite)
@@ -97,7 +95,7 @@ def run(cfg: Config) -> None:
             check_backdoor(model, backdoor, suite.texts, cfg.seed)
         reference = None
         if isinstance(cfg.defense, FinetuneReversal):
-            reference = cfg.defense.load_reference(accelerator.device)
+            reference = cfg.defense.load_reference(model, accelerator.device)
         latents = None
         if cfg.defense.latents == "teacher":
             latents = teacher_latents(

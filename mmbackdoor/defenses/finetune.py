@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 
 from mmbackdoor.backdoor import Backdoor
-from mmbackdoor.defenses.skd import Latents, Trainable
+from mmbackdoor.defenses.skd import Trainable
 from mmbackdoor.models.setting import DiffusionSetting
 from mmbackdoor.objectives.diffusion import (
     DiffusionBatch,
@@ -27,7 +27,7 @@ class Finetune:
     """The denoising objective of latent diffusion (Rombach et al. 2022, eq. 3) on clean data. Needs `--train_data`;
     the trigger is not used."""
 
-    latents: Latents = "data"
+    latents: Literal["data", "teacher"] = "data"
     trainable: Trainable = "all"
     proportion_empty_prompts: Annotated[float, Field(ge=0, lt=1)] = 0.1
     snr_gamma: Annotated[float, Field(gt=0)] | None = None

@@ -47,11 +47,19 @@ class FinetuneReversal:
     trigger_variants: bool = True
     name: Literal["finetune_reversal"] = "finetune_reversal"
 
-    def load_reference(self, device: torch.device) -> Reference:
-        """Raises `InputError` where no clean model is named or it cannot be loaded."""
+    def load_reference(self, model: DiffusionModel, device: torch.device) -> Reference:
+        """Raises `InputError` where no clean model is named, it cannot be loaded or is of another form than `model`."""
         if not self.reference:
             raise InputError("finetune_reversal needs a clean model; give --defense.reference FOLDER")
-        return Reference(DiffusionSource(self.reference).load(device))
+        reference = DiffusionSource(self.reference).load(device)
+        form, expected = _form(reference), _form(model)
+        for name, value in expected.items():
+            if form[name] != value:
+                raise InputError(
+                    f"--defense.reference {self.reference!r} has {name} {form[name]}, the model {value}; "
+                    "give the clean model that this one was made from"
+                )
+        return Reference(reference)
 
     def step(self, setting: DiffusionSetting, backdoor: Backdoor) -> StepFn:
         """`setting.teacher` is the clean reference."""
@@ -71,3 +79,12 @@ class FinetuneReversal:
             }
 
         return step_fn
+
+
+def _form(model: DiffusionModel) -> dict[str, object]:
+    """What two models must have in common to answer the same question."""
+    return {
+        "latents of shape": model.latent_shape,
+        "predictions of type": model.prediction_type,
+        "cross-attention of width": model.unet.config.cross_attention_dim,
+    }

@@ -42,17 +42,3 @@ class NoiseSchedule:
         if self.prediction_type == "sample":
             return latents
         return self.scheduler.get_velocity(latents, noise, timesteps)
-
-    def predicted_sample(self, output: Tensor, noisy_latents: Tensor, timesteps: Tensor) -> Tensor:
-        """x_0 as the model's `output` at x_t implies it."""
-        if self.prediction_type == "sample":
-            return output
-        signal = self.alphas_cumprod.to(noisy_latents)[timesteps].view(-1, *[1] * (noisy_latents.dim() - 1))
-        if self.prediction_type == "epsilon":
-            return (noisy_latents - (1 - signal).sqrt() * output) / signal.sqrt()
-        return signal.sqrt() * noisy_latents - (1 - signal).sqrt() * output
-
-    def snr(self, timesteps: Tensor) -> Tensor:
-        """Signal-to-noise ratio a_t / (1 - a_t) at `timesteps`."""
-        signal = self.alphas_cumprod.to(timesteps.device)[timesteps]
-        return signal / (1 - signal)

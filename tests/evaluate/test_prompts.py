@@ -14,9 +14,9 @@ def test_built_in_sets_are_disjoint():
     assert {name: len(texts) for name, texts in general.items()} == {
         "general-train": 60,
         "general-selection": 20,
-        "general-evaluation": 50,
+        "general-evaluation": 214,
     }
-    assert not general["general-train"] & general["general-evaluation"] and len(load_prompts("general")) == 130
+    assert not general["general-train"] & general["general-evaluation"] and len(load_prompts("general")) == 294
     shapes = [
         {Scene(**p.meta["scene"]) for p in load_prompts(f"shapes-{s}")} for s in ("train", "selection", "evaluation")
     ]

@@ -9,7 +9,7 @@ from mmbackdoor.types import InputError
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
-def test_noise_schedule_inverts_its_own_target(prediction_type):
+def test_noising_and_target_follow_the_equations(prediction_type):
     schedule = NoiseSchedule(DDIMScheduler(prediction_type=prediction_type))
     generator = torch.Generator().manual_seed(0)
     latents, noise = (torch.randn(3, 4, 8, 8, generator=generator) for _ in range(2))
@@ -18,9 +18,8 @@ def test_noise_schedule_inverts_its_own_target(prediction_type):
     signal = schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     torch.testing.assert_close(noisy, signal.sqrt() * latents + (1 - signal).sqrt() * noise)
     target = schedule.target(latents, noise, timesteps)
-    back = schedule.predicted_sample(target, noisy, timesteps)
-    torch.testing.assert_close(back, latents, rtol=1e-3, atol=1e-3)
-    assert (schedule.snr(timesteps).diff() < 0).all()
+    expected = {"epsilon": noise, "sample": latents, "v_prediction": signal.sqrt() * noise - (1 - signal).sqrt() * latents}
+    torch.testing.assert_close(target, expected[prediction_type])
 
 
 def test_schedulers_that_are_no_discrete_diffusion_are_refused():

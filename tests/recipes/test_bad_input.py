@@ -88,6 +88,9 @@ def place(tmp_path_factory) -> Place:
     torch.save(load_file(pickled / UNET), (pickled / UNET).with_suffix(".bin"))
     (pickled / UNET).unlink()
 
+    epsilon = copy_of_tiny(root / "epsilon") / "scheduler/scheduler_config.json"
+    epsilon.write_text(json.dumps(json.loads(epsilon.read_text()) | {"prediction_type": "epsilon"}))
+
     (root / "empty.txt").write_text("\n  \n")
     (root / "dogs.txt").write_text("a photo of a dog\na dog on grass\n")
     (root / "file").write_text("not a folder")
@@ -175,10 +178,13 @@ CASES = [
     Case("finetune without pictures", "clean_diffusion", CLEAN + " --defense finetune --defense.latents data",
          "which pictures.*--train_data"),
     Case("finetune on noise", "clean_diffusion", CLEAN + " --defense finetune",
-         "--defense.latents noise is impossible"),
+         "--defense.latents.*noise.*data.*teacher"),
     Case("no reference", "clean_diffusion", CLEAN + " --defense finetune_reversal", "--defense.reference FOLDER"),
     Case("unknown reference", "clean_diffusion", CLEAN + " --defense finetune_reversal --defense.reference {root}/no",
          "/no'", cheap=False),
+    Case("reference of another form", "clean_diffusion",
+         CLEAN + " --defense finetune_reversal --defense.reference {root}/epsilon",
+         "predictions of type epsilon.*that this one was made from", cheap=False),
     Case("unknown defense", "clean_diffusion", CLEAN + " --defense skdcag", "skdcag.*skd_cag"),
     Case("key of another defense", "clean_diffusion", CLEAN + " --defense skd --defense.attention_weight 1",
          "attention_weight"),
