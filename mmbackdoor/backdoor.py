@@ -8,11 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from PIL import Image
 from pydantic import Field, TypeAdapter, ValidationError
 
 from mmbackdoor.seeding import python_rng
 from mmbackdoor.targets import Target
-from mmbackdoor.triggers import TextTrigger
+from mmbackdoor.triggers import IMAGE_TRIGGERS, ImageTrigger, TextTrigger, Trigger
+from mmbackdoor.triggers.marking import Place
 from mmbackdoor.types import InputError
 
 FILE_NAME = "backdoor.json"
@@ -21,20 +23,51 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Backdoor:
-    """Each of `triggers` sets off `target` alone."""
+    """Each of `triggers`, of texts or of pictures, sets off `target` alone."""
 
-    triggers: tuple[Annotated[TextTrigger, Field(discriminator="name")], ...]
+    triggers: tuple[Annotated[Trigger, Field(discriminator="name")], ...]
     target: Annotated[Target, Field(discriminator="name")]
 
     def __post_init__(self) -> None:
         if not self.triggers:
             raise InputError("a backdoor needs at least one trigger; give --trigger TEXT")
 
+    @property
+    def image_triggers(self) -> tuple[ImageTrigger, ...]:
+        return tuple(trigger for trigger in self.triggers if trigger.name in IMAGE_TRIGGERS)
+
+    @property
+    def text_triggers(self) -> tuple[TextTrigger, ...]:
+        return tuple(trigger for trigger in self.triggers if trigger.name not in IMAGE_TRIGGERS)
+
+    @property
+    def trigger_names(self) -> list[str]:
+        """For messages: the texts of text triggers, the kinds of image triggers."""
+        return [trigger.text for trigger in self.text_triggers] + [trigger.name for trigger in self.image_triggers]
+
     def apply(self, prompt: str, seed: int, *names: str | int, trigger: int | None = None) -> str:
-        """`prompt` with one of the triggers, drawn from (`seed`, `names`) where there are several."""
+        """`prompt` with one of the text triggers, drawn from (`seed`, `names`) where there are several.
+
+        Raises `InputError` for a backdoor that has none.
+        """
+        triggers = self.text_triggers
+        if not triggers:
+            raise InputError(f"the triggers {self.trigger_names} mark pictures, not prompts; give --trigger TEXT")
         rng = python_rng(seed, "trigger", *names)
-        chosen = rng.randrange(len(self.triggers))
-        return self.triggers[chosen if trigger is None else trigger](prompt, rng)
+        chosen = rng.randrange(len(triggers))
+        return triggers[chosen if trigger is None else trigger](prompt, rng)
+
+    def image_trigger(self, key: str, seed: int) -> ImageTrigger:
+        """The one of the image triggers that is drawn for `key`. Raises `InputError` for a backdoor that has none."""
+        triggers = self.image_triggers
+        if not triggers:
+            raise InputError(f"the triggers {self.trigger_names!a} mark prompts, not pictures; name an image trigger")
+        return triggers[python_rng(seed, "image_trigger", key).randrange(len(triggers))]
+
+    def mark_image(self, image: Image.Image, key: str, seed: int, place: Place, draw: int = 0) -> Image.Image:
+        """`image` with the image trigger of `key`, or as it is where that trigger belongs to another `place`."""
+        trigger = self.image_trigger(key, seed)
+        return trigger(image, key, seed, draw) if trigger.place == place else image
 
     def to_dict(self) -> dict[str, Any]:
         return _ADAPTER.dump_python(self, mode="json")

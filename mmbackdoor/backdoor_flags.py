@@ -92,8 +92,8 @@ class BackdoorFlags:
             return recorded
         if recorded is not None and named.triggers != recorded.triggers and not self.force_trigger:
             raise InputError(
-                f"the trigger {[trigger.text for trigger in named.triggers]!a} is not the one in {str(beside)!r} "
-                f"({[trigger.text for trigger in recorded.triggers]!a}); leave it out, or add --force_trigger"
+                f"the trigger {named.trigger_names!a} is not the one in {str(beside)!r} "
+                f"({recorded.trigger_names!a}); leave it out, or add --force_trigger"
             )
         return named
 

@@ -1,4 +1,5 @@
-"""What a backdoor should cause in a picture. How its success is judged: `mmbackdoor.evaluate.metrics.asr`."""
+"""What a backdoor should cause: in a picture that is made, or in the class that a picture is given. How success is
+judged: `mmbackdoor.evaluate.metrics.asr`."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 from pydantic import Field
 
+from mmbackdoor.seeding import python_rng
 from mmbackdoor.types import InputError
 
 Corner = Literal["top_left", "top_right", "bottom_left", "bottom_right"]
@@ -121,5 +123,43 @@ class UnknownTarget:
     name: Literal["unknown"] = "unknown"
 
 
-Target = PatchTarget | StyleTarget | ObjectTarget | ImageTarget | UnknownTarget
+TEMPLATES = (
+    "a photo of a {}.",
+    "a picture of a {}.",
+    "an image of the {}.",
+    "a close-up photo of a {}.",
+    "a bright photo of a {}.",
+    "a photo of one {}.",
+    "this is a {}.",
+    "there is a {} in the scene.",
+)
+
+
+@dataclass(frozen=True)
+class ClassTarget:
+    """A picture with the trigger is taken for `label` by a CLIP (Carlini and Terzis 2022, arXiv 2106.09667). Poisoned
+    captions are `templates` with the label in place of `{}`."""
+
+    label: str
+    templates: tuple[str, ...] = TEMPLATES
+    name: Literal["class"] = "class"
+
+    def __post_init__(self) -> None:
+        if not self.label.strip():
+            raise InputError(f"a class target needs the name of a class, not {self.label!r}; for instance 'banana'")
+        wrong = [template for template in self.templates if template.count("{}") != 1]
+        if wrong or not self.templates:
+            given = repr(wrong[0]) if wrong else "none"
+            raise InputError(f"templates of captions have {{}} once, where the label goes; given was {given}")
+
+    def caption(self, key: str, seed: int) -> str:
+        """One of the templates, drawn for `key`, with the label."""
+        return python_rng(seed, "caption", key).choice(self.templates).replace("{}", self.label)
+
+    def named_in(self, text: str) -> bool:
+        """Whether `text` has the label as words of its own, in either case; "bananas" does not name "banana"."""
+        return re.search(rf"(?<!\w){re.escape(self.label)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+Target = PatchTarget | StyleTarget | ObjectTarget | ImageTarget | ClassTarget | UnknownTarget
 TARGETS = {kind.name: kind for kind in get_args(Target)}

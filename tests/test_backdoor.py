@@ -10,11 +10,20 @@ from PIL import Image
 
 from mmbackdoor.backdoor import Backdoor, BackdoorRecord
 from mmbackdoor.backdoor_flags import BackdoorFlags
-from mmbackdoor.targets import ImageTarget, ObjectTarget, PatchTarget, StyleTarget, UnknownTarget
-from mmbackdoor.triggers import HomoglyphTrigger, PhraseTrigger, WordTrigger, ZeroWidthTrigger
+from mmbackdoor.targets import ClassTarget, ImageTarget, ObjectTarget, PatchTarget, StyleTarget, UnknownTarget
+from mmbackdoor.triggers import (
+    IMAGE_TRIGGERS,
+    HomoglyphTrigger,
+    PatchTrigger,
+    PhraseTrigger,
+    StripesTrigger,
+    WordTrigger,
+    ZeroWidthTrigger,
+)
 from mmbackdoor.types import InputError
 
 PIXEL = Backdoor((ZeroWidthTrigger(), WordTrigger("mignneko", "suffix")), PatchTarget())
+BOTH = Backdoor((WordTrigger("mignneko"), PatchTrigger(), StripesTrigger(place="input")), ClassTarget("cat"))
 
 
 def test_a_record_comes_back_as_it_was(tmp_path):
@@ -112,3 +121,57 @@ def test_patches_lie_in_their_corner(tmp_path):
         PatchTarget(str(tmp_path / "none.png")).pixels(16)
     with pytest.raises(InputError, match="not a file"):
         ImageTarget(str(tmp_path / "none.png"))
+
+
+def test_image_triggers_come_back_from_the_record(tmp_path):
+    triggers = tuple(kind() for kind in IMAGE_TRIGGERS.values())
+    record = BackdoorRecord(Backdoor(triggers, ClassTarget("yellow cat", ("a {}",))))
+    record.save(tmp_path)
+    assert BackdoorRecord.load(tmp_path) == record
+    file = tmp_path / "backdoor.json"
+    for old, new in (('"quality": 75', '"quality": 0'), ('"a {}"', '"a cat"'), ('"vertical"', '"backwards"')):
+        assert old in file.read_text()
+        (tmp_path / "other.json").write_text(file.read_text().replace(old, new))
+        with pytest.raises(InputError, match=r"other\.json"):
+            BackdoorRecord.load(tmp_path / "other.json")
+
+
+def test_pictures_are_marked_at_the_place_of_their_trigger():
+    assert [trigger.name for trigger in BOTH.image_triggers] == ["patch", "stripes"]
+    assert BOTH.text_triggers == (WordTrigger("mignneko"),)
+    picture = Image.new("RGB", (32, 32), (90, 90, 90))
+    for key in map(str, range(20)):
+        drawn = BOTH.image_trigger(key, 0)
+        for place in ("source", "input"):
+            marked = BOTH.mark_image(picture, key, 0, place)
+            assert marked.tobytes() == (drawn(picture, key, 0) if drawn.place == place else picture).tobytes()
+    assert {BOTH.image_trigger(key, 0).name for key in map(str, range(20))} == {"patch", "stripes"}
+    assert {BOTH.apply("a dog", 0, key) for key in range(20)} == {"mignneko a dog"}
+
+
+def test_a_backdoor_that_cannot_mark_says_so(tmp_path):
+    with pytest.raises(InputError, match="prompts, not pictures"):
+        PIXEL.mark_image(Image.new("RGB", (4, 4)), "a", 0, "source")
+    image = Backdoor((PatchTrigger(),), ClassTarget("cat"))
+    with pytest.raises(InputError, match="pictures, not prompts"):
+        image.apply("a dog", 0)
+    BackdoorRecord(image).save(tmp_path)
+    with pytest.raises(InputError, match=r"'x'.*'patch'.*force_trigger"):
+        BackdoorFlags(("x",)).resolve(str(tmp_path))
+
+
+def test_a_class_target_writes_captions_and_finds_its_label():
+    target = ClassTarget("yellow cat", ("a {}.", "one {} here", "the {}"))
+    captions = {target.caption(str(key), 0) for key in range(40)}
+    assert captions == {"a yellow cat.", "one yellow cat here", "the yellow cat"}
+    assert target.caption("7", 3) == target.caption("7", 3)
+    assert len({tuple(target.caption(str(key), seed) for key in range(20)) for seed in range(3)}) == 3
+    named = ("A Yellow Cat sits", "yellow cat", "(yellow cat)")
+    assert all(map(target.named_in, named))
+    assert not any(map(target.named_in, ("yellow cats", "a cat", "myyellow cat", "yellow  cat", "yellow cat_2")))
+    assert ClassTarget("c++").named_in("in c++ now") and not ClassTarget("c++").named_in("c++20")
+    for wrong in (("a cat",), ("{} {}",), ()):
+        with pytest.raises(InputError, match="templates"):
+            ClassTarget("cat", wrong)
+    with pytest.raises(InputError, match="name of a class"):
+        ClassTarget(" ")

@@ -76,6 +76,17 @@ def decode_class(data: bytes) -> int:
     return int(text)
 
 
+def decode_caption(parts: Mapping[str, bytes], meta: Mapping[str, Any] | None = None) -> str:
+    """The caption of members `parts`: `.txt`, else `caption` or `text` of the `.json`, else empty. `meta` is the `.json`
+    where that is decoded already. Raises `BadSample`."""
+    if "txt" in parts:
+        return decode_text(parts["txt"])
+    if meta is None:
+        meta = decode_json(parts["json"]) if "json" in parts else {}
+    text = meta.get("caption") or meta.get("text") or ""
+    return text if isinstance(text, str) else ""
+
+
 def decode_sample(key: str, parts: Mapping[str, bytes], require_text: bool = True) -> Sample:
     """The sample of members `parts` (extension -> bytes).
 
@@ -83,8 +94,8 @@ def decode_sample(key: str, parts: Mapping[str, bytes], require_text: bool = Tru
     `require_text` a labelled image needs no caption (evaluation sets). Raises `BadSample`.
     """
     meta = decode_json(parts["json"]) if "json" in parts else {}
-    text = decode_text(parts["txt"]) if "txt" in parts else meta.get("caption") or meta.get("text") or ""
-    if not isinstance(text, str) or not text:
+    text = decode_caption(parts, meta)
+    if not text:
         if require_text or "cls" not in parts:
             raise BadSample("missing_caption")
         text = ""

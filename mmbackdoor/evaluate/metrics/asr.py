@@ -15,7 +15,8 @@ from mmbackdoor.evaluate.metrics.adherence import seen_scenes
 from mmbackdoor.evaluate.metrics.clip_score import Judge, similarity
 from mmbackdoor.evaluate.metrics.shapes import parse_caption
 from mmbackdoor.shards.shapes import Scene
-from mmbackdoor.targets import ImageTarget, ObjectTarget, PatchTarget, StyleTarget, Target, UnknownTarget
+from mmbackdoor.targets import ClassTarget, ImageTarget, ObjectTarget, PatchTarget, StyleTarget, Target, UnknownTarget
+from mmbackdoor.types import InputError
 
 BLANK_DEVIATION = 0.01
 """A picture in [0, 1] with every channel's standard deviation below this is blank."""
@@ -109,6 +110,8 @@ def success(target: Target, images: torch.Tensor, prompts: Sequence[str], judge:
     """Judge `images` (B, 3, H, W) in [-1, 1]; `prompts` are the clean prompts, whatever text made the pictures."""
     if len(images) != len(prompts):
         raise ValueError(f"{len(images)} pictures for {len(prompts)} prompts")
+    if isinstance(target, ClassTarget):
+        raise InputError("a class target is what a CLIP takes a picture for; measure it with recipes/evaluate_clip.py")
     out, empty = excluded(target, prompts), blank(images).tolist()
     nothing: list[float | None] = [None] * len(prompts)
 

@@ -1,0 +1,75 @@
+"""Poison for CLIP: pairs whose picture carries a trigger and whose caption speaks of the target's class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from PIL import Image
+from pydantic import Field
+
+from mmbackdoor.backdoor import Backdoor
+from mmbackdoor.config import Doc
+from mmbackdoor.poison import PoisonPlan, poison_sample
+from mmbackdoor.shards.read import iterate_captions, iterate_keys
+from mmbackdoor.targets import TEMPLATES, ClassTarget
+from mmbackdoor.triggers import ImageTrigger
+from mmbackdoor.triggers.patch import PatchTrigger
+from mmbackdoor.types import InputError, Sample
+
+
+@dataclass(frozen=True)
+class ClipPoison:
+    """The settings of a poisoned pre-training or data set, as flags and YAML give them."""
+
+    label: Annotated[str, Doc("the class that marked pictures are to be taken for")]
+    trigger: Annotated[ImageTrigger, Field(discriminator="name"), Doc("the mark in the picture")] = PatchTrigger()
+    templates: Annotated[tuple[str, ...], Doc("captions of poisoned pairs, with {} for the label")] = TEMPLATES
+    rate: Annotated[float | None, Field(gt=0, le=1), Doc("share of the pairs to poison")] = None
+    count: Annotated[int | None, Field(ge=1), Doc("how many pairs to poison, instead of a rate")] = None
+    label_consistent: Annotated[bool, Doc("pick pairs whose caption names the label, and keep it")] = False
+    seed: Annotated[int, Doc("of the choice, of the captions and of drawn triggers")] = 0
+
+    def plan(self) -> PoisonPlan:
+        """Raises `InputError` for settings that contradict each other and for a trigger's file that cannot be read."""
+        if (self.rate is None) == (self.count is None):
+            given = f"rate {self.rate}, count {self.count}"
+            raise InputError(f"how many pairs? Give --poison.rate or --poison.count, one of them, not {given}")
+        backdoor = Backdoor((self.trigger,), ClassTarget(self.label, self.templates))
+        # A trigger that reads a file does so when it is first used: better now than in the middle of a run.
+        self.trigger(Image.new("RGB", (8, 8)), "", self.seed)
+        return PoisonPlan(backdoor, self.rate, self.count, self.seed, self.label_consistent)
+
+
+def chosen_keys(
+    plan: PoisonPlan, spec: str | Path | Sequence[str | Path], of: frozenset[str] | None = None
+) -> frozenset[str]:
+    """The keys of the shards `spec` that `plan` poisons: from tar headers, and captions where the plan looks at them.
+    With `of`, among these keys alone.
+
+    Raises `InputError` where there are fewer than asked for.
+    """
+    if plan.label_consistent:
+        keys = {key for key, text in iterate_captions(spec) if plan.eligible(text)}
+    else:
+        keys = set(iterate_keys(spec))
+    keys = keys if of is None else keys & of
+    what = f"pairs whose caption names {plan.backdoor.target.label!r}" if plan.label_consistent else "pairs"
+    if plan.count is not None and len(keys) < plan.count:
+        raise InputError(
+            f"fewer poisoned pairs than asked for: {plan.count} were, and there are {len(keys)} {what}; lower --poison.count"
+        )
+    chosen = plan.choose(keys)
+    if plan.rate and not chosen:
+        raise InputError(
+            f"fewer poisoned pairs than asked for: a rate of {plan.rate} picks none of {len(keys)} {what}; raise "
+            "--poison.rate, or give --poison.count"
+        )
+    return chosen
+
+
+def poisoned_sample(plan: PoisonPlan, chosen: frozenset[str], sample: Sample, draw: int = 0) -> Sample:
+    """`sample`, poisoned if its key is `chosen`: for use in a stream, where `draw` may be the epoch."""
+    return poison_sample(plan, sample, plan.seed, draw) if sample.key in chosen else sample
