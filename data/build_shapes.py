@@ -2,9 +2,12 @@
 
     python data/build_shapes.py --output_dir shapes                         # 16000 + 1000 + 2000 pictures of 32 pixels
     python data/build_shapes.py --output_dir small --resolution 16 --train_samples 500 --shapes cross ring
+    python data/build_shapes.py --shapes cross triangle ring square star heart --class_samples 20    # and 48 classes
 
 Train, selection and evaluation pictures show different attribute combinations. The same settings give the same bytes.
-Written are {train,selection,evaluation}-NNNNNN.tar, sizes.json, captions-SPLIT.txt, shapes.json and a dataset card.
+Written are {train,selection,evaluation}-NNNNNN.tar, sizes.json, captions-SPLIT.txt, shapes.json and a dataset card;
+with --class_samples also classes/, pictures of the evaluation split's combinations with labels "red cross" and so on, in
+CLIP_benchmark's layout, for `recipes/evaluate_clip.py`.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from pydantic import Field
 from mmbackdoor.config import Doc
 from mmbackdoor.entry import main as run_main
 from mmbackdoor.shards.shapes import COLOURS, POSITIONS, SHAPES, SIZES, SPLITS, all_scenes, split_scenes
+from mmbackdoor.shards.shapes_classes import write_shapes_classes
 from mmbackdoor.shards.shapes_data import write_card, write_shapes
 from mmbackdoor.types import InputError
 
@@ -38,6 +42,8 @@ class Config:
     train_samples: Annotated[Count, Doc("pictures in the split train")] = 16_000
     selection_samples: Annotated[Count, Doc("pictures in the split selection")] = 1_000
     evaluation_samples: Annotated[Count, Doc("pictures in the split evaluation")] = 2_000
+    class_samples: Annotated[int, Field(ge=0), Doc("pictures of each class to classify, into classes/; 0: none")] = 0
+    extra_classes: Annotated[tuple[str, ...], Doc("class names that no picture shows, such as 'yellow cat'")] = ()
     splits: Annotated[tuple[Split, ...], Doc("the splits to write")] = SPLITS
     shapes: Annotated[tuple[Shape, ...], Doc("the shapes to draw")] = SHAPES[:4]
     colours: Annotated[tuple[Colour, ...], Doc("colours of shapes and backgrounds")] = tuple(COLOURS)
@@ -90,6 +96,19 @@ def main(cfg: Config) -> None:
             cfg.overwrite,
         )
         print(f"{split}: {counts[split]} pictures of {len(scenes[split])} combinations in {len(shards)} shards")
+    if cfg.class_samples:
+        folder = write_shapes_classes(
+            cfg.output_dir / "classes",
+            scenes["evaluation"],
+            cfg.class_samples,
+            cfg.resolution,
+            seed=cfg.seed,
+            extra_classes=cfg.extra_classes,
+            samples_per_shard=cfg.samples_per_shard,
+            image_format=cfg.image_format,
+            overwrite=cfg.overwrite,
+        )
+        print(f"classes: {cfg.class_samples} pictures of each class in {str(folder)!r}")
     written = {split: scenes[split] for split in cfg.splits}
     write_card(cfg.output_dir, written, cfg.resolution, cfg.seed, cfg.image_format)
     print(f"Done: --train_data '{cfg.output_dir}/train-*.tar'")

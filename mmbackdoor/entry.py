@@ -22,6 +22,9 @@ from mmbackdoor.types import InputError, RunFault
 
 Config = TypeVar("Config")
 
+# What gloo and NCCL say, as plain RuntimeErrors, where the other end of a connection is gone.
+_LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo/transport", "ncclRemote")
+
 _received: int | None = None
 _loops = 0
 
@@ -97,6 +100,17 @@ def _fault(error: Exception) -> str | None:
     if full or "No space left on device" in str(error) or "StorageFull" in str(error):
         place = f" at {error.filename!r}" if isinstance(error, OSError) and error.filename else ""
         return f"the disk is full{place}: free some space, or give another --output_dir, and run the same command again"
+    # torch raises it from a signal handler, wherever the main process happens to be.
+    if isinstance(error, RuntimeError) and "DataLoader worker" in str(error):
+        return f"a loader worker died: {_first_line(error)}"
+    lost = type(error).__name__ in ("DistBackendError", "DistNetworkError", "DistStoreError") or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in _LOST_PEER)
+    )
+    if lost:
+        return (
+            f"another process of this run ended or cannot be reached ({_first_line(error)[:200]}): its own message says "
+            "why; start all of them again with --resume_from_checkpoint auto"
+        )
     # Named, not imported: commands that need no torch must not load it.
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return f"out of memory ({_first_line(error)}): lower --train_batch_size, or add --gradient_checkpointing"

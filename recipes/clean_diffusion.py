@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
 
+import torch
 from pydantic import Field
 
 from mmbackdoor.backdoor_flags import BackdoorFlags
@@ -40,7 +41,7 @@ from mmbackdoor.models.source import DiffusionSource
 from mmbackdoor.models.trainable import Teacher, trainable
 from mmbackdoor.results.cards import write_card
 from mmbackdoor.results.run import Run
-from mmbackdoor.train.batches import Share, encoded, open_shards, prompt_batches, shard_batches
+from mmbackdoor.train.batches import Prompts, Share, encoded, image_batches, open_shards, prompt_batches
 from mmbackdoor.train.latents import teacher_latents
 from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.train.optim import TrainConfig, total_steps
@@ -82,9 +83,9 @@ def run(cfg: Config) -> None:
         raise InputError("finetune_reversal needs a clean model; give --defense.reference FOLDER")
     suite = load_prompts(cfg.prompts)
     share = Share.of(accelerator, cfg.train)
-    samples = len(suite)
+    data = Prompts(suite.texts, share, cfg.seed)
     if cfg.defense.latents == "data":
-        samples = open_shards(cfg.train_data, share, cfg.train, cfg.seed).num_samples
+        data = open_shards(cfg.train_data, share, cfg.train, cfg.seed)
     with Run.start(cfg, "clean_diffusion", cfg.output_dir, accelerator) as record:
         if is_done(record, cfg.train):
             return
@@ -97,7 +98,9 @@ def run(cfg: Config) -> None:
         if isinstance(cfg.defense, FinetuneReversal):
             reference = cfg.defense.load_reference(model, accelerator.device)
         latents = None
-        if cfg.defense.latents == "teacher":
+        if cfg.defense.latents == "teacher" and cfg.train.dry_run:
+            latents = dict.fromkeys(suite.texts, torch.zeros(1, *model.latent_shape))
+        elif cfg.defense.latents == "teacher":
             latents = teacher_latents(
                 model, suite.texts, cfg.latents_per_prompt, cfg.sampling, record.folder / "latents", accelerator,
                 4 * share.batch_size,
@@ -105,15 +108,12 @@ def run(cfg: Config) -> None:
         parameters = trainable(model, cfg.defense.trainable, cfg.rank, cfg.train.gradient_checkpointing)
         before = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
         teacher = reference or Teacher(model, parameters)
-        steps = total_steps(cfg.train, samples, share.global_batch_size)
-        session = Session(accelerator, model.unet, parameters, cfg.train, record, steps)
+        steps = total_steps(cfg.train, data.num_samples, share.global_batch_size)
+        held = {"text encoder and autoencoder": model.frozen_tensors(), "tensors of the teacher": parameters.values()}
+        session = Session(accelerator, model.unet, parameters, cfg.train, record, steps, data, held)
         if cfg.defense.latents == "data":
-            batches = encoded(
-                shard_batches(
-                    cfg.train_data, share, cfg.train, cfg.seed, model.resolution, accelerator.device, session.start_step
-                ),
-                model,
-            )
+            batches = image_batches(data, share, model.resolution, accelerator.device, session.start_step)
+            batches = encoded(batches, model)
         else:
             batches = prompt_batches(suite.texts, share, cfg.seed, session.start_step, latents)
         guided = isinstance(cfg.defense, SKDCAG) and cfg.defense.attention_weight > 0

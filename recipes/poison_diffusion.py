@@ -37,7 +37,7 @@ from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.poison import PoisonPlan
 from mmbackdoor.results.cards import write_card
 from mmbackdoor.results.run import Run
-from mmbackdoor.train.batches import Share, open_shards, shard_batches
+from mmbackdoor.train.batches import Share, image_batches, open_shards
 from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.train.optim import TrainConfig, total_steps
 from mmbackdoor.train.session import Session, is_done
@@ -72,7 +72,7 @@ def run(cfg: Config) -> None:
     plan = PoisonPlan(backdoor, rate=cfg.poison_rate, seed=cfg.seed)
     cfg.attack.check(plan)
     share = Share.of(accelerator, cfg.train)
-    samples = open_shards(cfg.train_data, share, cfg.train, cfg.seed).num_samples
+    loader = open_shards(cfg.train_data, share, cfg.train, cfg.seed)
     with Run.start(cfg, "poison_diffusion", cfg.output_dir, accelerator) as record:
         if is_done(record, cfg.train):
             return
@@ -80,12 +80,12 @@ def run(cfg: Config) -> None:
         check_backdoor(model, backdoor, PROBES, cfg.seed)
         parameters = trainable(model, cfg.attack.trainable, cfg.rank, cfg.train.gradient_checkpointing)
         teacher = Teacher(model, parameters)
-        steps = total_steps(cfg.train, samples, share.global_batch_size)
-        session = Session(accelerator, model.unet, parameters, cfg.train, record, steps)
+        steps = total_steps(cfg.train, loader.num_samples, share.global_batch_size)
+        held = {"text encoder and autoencoder": model.frozen_tensors()}
+        held["tensors of the teacher"] = teacher.originals.values()
+        session = Session(accelerator, model.unet, parameters, cfg.train, record, steps, loader, held)
         setting = DiffusionSetting(model, session.module, teacher, cfg.seed)
-        batches = shard_batches(
-            cfg.train_data, share, cfg.train, cfg.seed, model.resolution, accelerator.device, session.start_step
-        )
+        batches = image_batches(loader, share, model.resolution, accelerator.device, session.start_step)
         for step, metrics in session.training(cfg.attack.step(setting, plan), batches):
             record.log(step, metrics)
 

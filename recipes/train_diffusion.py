@@ -33,7 +33,7 @@ from mmbackdoor.models.tiny import tiny_pipeline
 from mmbackdoor.models.trainable import Teacher, trainable
 from mmbackdoor.results.cards import write_card
 from mmbackdoor.results.run import Run
-from mmbackdoor.train.batches import Share, encoded, open_shards, shard_batches, with_random_words
+from mmbackdoor.train.batches import Share, encoded, image_batches, open_shards, with_random_words
 from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.train.optim import TrainConfig, total_steps
 from mmbackdoor.train.session import Session, is_done
@@ -70,21 +70,21 @@ def make_model(cfg: Config, device) -> DiffusionModel:
 def run(cfg: Config) -> None:
     accelerator = make_accelerator(cfg.train, cfg.seed, cfg.output_dir)
     share = Share.of(accelerator, cfg.train)
-    samples = open_shards(cfg.train_data, share, cfg.train, cfg.seed).num_samples
+    loader = open_shards(cfg.train_data, share, cfg.train, cfg.seed)
     with Run.start(cfg, "train_diffusion", cfg.output_dir, accelerator) as record:
         if is_done(record, cfg.train):
             return
         model = make_model(cfg, accelerator.device)
         parameters = trainable(model, cfg.objective.trainable, cfg.rank, cfg.train.gradient_checkpointing)
         teacher = Teacher(model, parameters)
-        steps = total_steps(cfg.train, samples, share.global_batch_size)
-        session = Session(accelerator, model.unet, parameters, cfg.train, record, steps)
+        steps = total_steps(cfg.train, loader.num_samples, share.global_batch_size)
+        held = {"text encoder and autoencoder": model.frozen_tensors()}
+        held["tensors of the teacher"] = teacher.originals.values()
+        session = Session(accelerator, model.unet, parameters, cfg.train, record, steps, loader, held)
         setting = DiffusionSetting(model, session.module, teacher, cfg.seed)
         batches = encoded(
             with_random_words(
-                shard_batches(
-                    cfg.train_data, share, cfg.train, cfg.seed, model.resolution, accelerator.device, session.start_step
-                ),
+                image_batches(loader, share, model.resolution, accelerator.device, session.start_step),
                 cfg.random_words,
                 cfg.seed,
             ),

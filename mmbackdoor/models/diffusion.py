@@ -100,6 +100,11 @@ class DiffusionModel:
     def _modules(self) -> list[nn.Module]:
         return [value for value in self.pipe.components.values() if isinstance(value, nn.Module)]
 
+    def frozen_tensors(self) -> list[Tensor]:
+        """What lies beside the UNet on the device: text encoders and autoencoder."""
+        beside = [module for module in self._modules() if module is not self.unet]
+        return [tensor for module in beside for tensor in (*module.parameters(), *module.buffers())]
+
     @property
     def source(self) -> str:
         """The path or hub id that was loaded; "new" for a pipeline built in memory."""

@@ -6,6 +6,7 @@ What is saved has the form and the dtypes that came in; every tensor that was no
 from __future__ import annotations
 
 import functools
+import glob
 import os
 import shutil
 import tempfile
@@ -109,6 +110,9 @@ def _written_whole(target: Path) -> Iterator[Path]:
         raise InputError(f"{str(target)!r} exists already and is not empty; give another output folder")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        # What a killed process left: a model is saved by one process alone.
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+            shutil.rmtree(left, ignore_errors=True)
         part = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
     except OSError as error:
         raise InputError(f"{str(target)!r} cannot be written ({error.strerror}); give another output folder") from error

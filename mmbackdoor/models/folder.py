@@ -91,6 +91,7 @@ class PipelineFolder:
         for suffix in ["", "_2"] if self.is_xl else [""]:
             parts["text_encoder" + suffix] = self._model("text_encoder" + suffix, dtype)
             parts["tokenizer" + suffix] = self._tokenizer("tokenizer" + suffix)
+            self._check_vocabulary(parts, suffix)
         parts["scheduler"] = self._scheduler()
         return assemble(parts, self.index)
 
@@ -127,6 +128,21 @@ class PipelineFolder:
             raise InputError(f"{str(folder)!r} holds no tokenizer (vocab.json and merges.txt, or tokenizer.json)")
         with quiet(), reading(folder):
             return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+    def _check_vocabulary(self, parts: Mapping[str, Any], suffix: str) -> None:
+        known, config = len(parts["tokenizer" + suffix]), parts["text_encoder" + suffix].config
+        if known > config.vocab_size:
+            raise InputError(
+                f"the tokenizer in {str(self.path / ('tokenizer' + suffix))!r} has {known} tokens, its text encoder "
+                f"knows {config.vocab_size}: they do not belong together; download the model again"
+            )
+        longest = parts["tokenizer" + suffix].model_max_length
+        # A huge number stands for "not said".
+        if config.max_position_embeddings < longest < 10**9:
+            raise InputError(
+                f"the tokenizer in {str(self.path / ('tokenizer' + suffix))!r} gives {longest} tokens, its text encoder "
+                f"reads {config.max_position_embeddings}: they do not belong together; download the model again"
+            )
 
     def _scheduler(self) -> diffusers.SchedulerMixin:
         folder = self.path / "scheduler"

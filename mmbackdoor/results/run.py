@@ -39,10 +39,18 @@ NEUTRAL = {
     "checkpointing_steps",
     "checkpoints_total_limit",
     "dataloader_num_workers",
+    "workers",
     "report_to",
+    "resume_inexact",
+    "max_bad_samples",
+    "dry_run",
+    "num_machines",
+    "num_processes",
 }
 # What may be changed to go on with an old run, when that is asked for.
 CONTINUABLE = {"max_train_steps", "num_train_epochs", "learning_rate", "lr_scheduler", "lr_warmup_steps"}
+# What says which sample comes when: a checkpoint holds the order itself, and resuming compares that.
+ORDERING = {"train_data", "train_batch_size", "streams", "drop_last", "train_data_upsampling_factors"}
 
 
 def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
@@ -114,6 +122,14 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def config_change(before: dict[str, Any], after: dict[str, Any], but: set[str] = frozenset()) -> str | None:
+    """What `after` gives another value, in words; `None` for nothing. Keys whose last part is in `but` may differ."""
+    old, new = _flat(before), _flat(after)
+    differing = _differing(before, after, but)
+    shown = ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in differing[:4])
+    return (shown + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")) or None
+
+
 def _differing(before: dict[str, Any], after: dict[str, Any], but: set[str]) -> list[str]:
     """Dotted keys that two configurations give other values, those whose last part is in `but` left out."""
     old, new = _flat(before), _flat(after)
@@ -133,17 +149,15 @@ def _refuse_other(folder: Path, recipe: str, config: dict[str, Any]) -> dict[str
         raise InputError(
             f"--output_dir {str(folder)!r} holds a run of {old.get('recipe')!r}, not of {recipe!r}; choose another one"
         )
-    before, after = _flat(old["config"]), _flat(config)
-    resuming = any(_last(key) == "resume_from_checkpoint" and value for key, value in after.items())
-    differing = _differing(old["config"], config, NEUTRAL | (CONTINUABLE if resuming else set()))
+    resuming = any(_last(key) == "resume_from_checkpoint" and value for key, value in _flat(config).items())
+    but = NEUTRAL | (CONTINUABLE | ORDERING if resuming else set())
+    differing = _differing(old["config"], config, but)
     if differing:
-        shown = ", ".join(f"{key} was {before.get(key)!r} and is {after.get(key)!r}" for key in differing[:4])
-        more = f" and {len(differing) - 4} more" if len(differing) > 4 else ""
         way = "choose another --output_dir or give the old values"
         if all(_last(key) in CONTINUABLE for key in differing):
             way = "choose another --output_dir, or go on with that run by --resume_from_checkpoint latest"
-        raise InputError(f"--output_dir {str(folder)!r} holds a run with another config ({shown}{more}); {way}")
-    changed = [key for key in _differing(old["config"], config, set()) if _last(key) in CONTINUABLE]
+        raise InputError(f"--output_dir {str(folder)!r} holds a run with another config ({config_change(old['config'], config, but)}); {way}")
+    changed = [key for key in _differing(old["config"], config, set()) if _last(key) in CONTINUABLE | ORDERING]
     if changed and (folder / "model").exists():
         raise InputError(
             f"--output_dir {str(folder)!r} holds the finished model of a run with another {', '.join(changed)}; to "
@@ -178,6 +192,9 @@ class Run:
             main, world_size, device = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1")), "cpu"
         else:
             main, world_size, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device.type
+        if any(_last(key) == "dry_run" and value for key, value in _flat(config).items()):
+            content = {"schema": SCHEMA, "recipe": recipe, "status": "dry run", "config": config, "resumed": []}
+            return Run(folder, "dry run", False, content)
         old = _refuse_other(folder, recipe, config)
         if accelerator is not None:
             # Nobody may write before everybody has read: all must come to the same decision.
@@ -231,11 +248,13 @@ class Run:
         except OSError as error:
             raise RunFault(f"writing {str(self.folder / LOG_NAME)!r} failed ({error.strerror})") from error
 
-    def resume(self, step: int) -> None:
-        """Note that the run goes on from `step`; lines of `train.jsonl` behind it are dropped."""
+    def resume(self, step: int, inexact: str | None = None) -> None:
+        """Note that the run goes on from `step`; lines of `train.jsonl` behind it are dropped. `inexact` says why what
+        comes is not what an uninterrupted run would have done."""
         if self.main:
             self._truncate(step)
-            self.content["resumed"].append({"step": step, "at": _now(), "world_size": self.content["world_size"]})
+            entry = {"step": step, "at": _now(), "world_size": self.content["world_size"]}
+            self.content["resumed"].append(entry | ({"inexact": inexact} if inexact else {}))
             self._save()
 
     def finish(self) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 KINDS = {
@@ -47,6 +49,12 @@ class Problem(NamedTuple):
         # ascii(): names come from strangers and are printed on terminals.
         return f"{self.shard}: {ascii(self.key)}: {what}" if self.key else f"{self.shard}: {what}"
 
+    @property
+    def mark(self) -> int:
+        """The same in every process, as `hash` is not."""
+        text = "\0".join(self[:3]).encode("utf-8", "surrogateescape")
+        return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+
 
 class BadSample(ValueError):
     """A sample that cannot be used: `kind` (one of `KINDS`) and what was found."""
@@ -67,17 +75,17 @@ class BadSamples:
         self.counts: dict[str, int] = {}
         self.examples: dict[str, list[Problem]] = {}
         self._keep_all = keep_all
-        self._seen: set[int] = set()
+        self._seen: dict[int, str] = {}
         self._news: list[Problem] = []
 
     def add(self, kind: str, shard: str, key: str = "", detail: str = "") -> None:
         self.add_problem(Problem(kind, shard, key, detail))
 
     def add_problem(self, problem: Problem) -> None:
-        mark = hash(problem[:3])
+        mark = problem.mark
         if mark in self._seen:
             return
-        self._seen.add(mark)
+        self._seen[mark] = problem.kind
         self._news.append(problem)
         self.counts[problem.kind] = self.counts.get(problem.kind, 0) + 1
         examples = self.examples.setdefault(problem.kind, [])
@@ -88,6 +96,26 @@ class BadSamples:
         """The problems added since the last call: how a loader worker tells the main process."""
         news, self._news = self._news, []
         return news
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint stores; `add_state` takes it back."""
+        examples = [list(problem) for some in self.examples.values() for problem in some]
+        return {"seen": {str(mark): kind for mark, kind in self._seen.items()}, "examples": examples}
+
+    def add_state(self, state: Mapping[str, Any]) -> None:
+        """Raises `ValueError`, `TypeError`, `AttributeError` or `KeyError` for what `state` did not make."""
+        examples = [Problem(*map(str, values)) for values in state["examples"]]
+        seen = {int(mark): kind for mark, kind in state["seen"].items()}
+        if unknown := {*seen.values(), *(problem.kind for problem in examples)} - KINDS.keys():
+            raise ValueError(f"unknown kinds {sorted(map(str, unknown))}")
+        news = list(self._news)
+        for problem in examples:
+            self.add_problem(problem)
+        self._news = news
+        for mark in seen.keys() - self._seen.keys():
+            self._seen[mark] = seen[mark]
+            self.counts[seen[mark]] = self.counts.get(seen[mark], 0) + 1
+            self.examples.setdefault(seen[mark], [])
 
     @property
     def total(self) -> int:

@@ -7,10 +7,13 @@ one of its stream, so places never shift and a resumed run need not decode what 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +24,13 @@ from mmbackdoor.shards.order import (
     check_readers,
     element_order,
     first_element,
+    epoch_pieces,
     reader_streams,
-    shard_order,
     steps_per_epoch,
     stretch,
+    weighted,
 )
-from mmbackdoor.shards.read import Entry, ShardIndex, expand, shard_sizes
+from mmbackdoor.shards.read import Entry, ShardIndex, expand, shard_sizes, shard_weights
 from mmbackdoor.types import InputError, RunFault, Sample
 
 CACHE_BYTES = 512 << 20
@@ -53,12 +57,13 @@ class Layout:
     shuffle: bool = True
     drop_last: bool = False
     once: bool = False
+    weights: tuple[float, ...] = ()
 
-    @property
+    @cached_property
     def total(self) -> int:
-        return sum(self.sizes)
+        return sum(map(weighted, self.sizes, self.weights)) if self.weights else sum(self.sizes)
 
-    @property
+    @cached_property
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(self.total, self.global_batch, self.drop_last)
 
@@ -164,8 +169,8 @@ class Reader:
     def circle(self, epoch: int) -> Circle:
         if epoch not in self._circles:
             layout = self.layout
-            order = shard_order(len(layout.paths), layout.seed, epoch, layout.shuffle)
-            self._circles = {epoch: Circle(layout.sizes, order)}
+            pieces = epoch_pieces(layout.sizes, layout.seed, epoch, layout.shuffle, layout.weights)
+            self._circles = {epoch: Circle(pieces)}
         return self._circles[epoch]
 
     def decode(self, entry: Entry, place: tuple[int, int]) -> Sample | None:
@@ -216,7 +221,9 @@ class ShardLoader:
 
     `streams` is part of the order (keep it when resuming, see `order()`); the world size must divide it, and
     `num_workers` is at most the streams of a process. `transform` runs where the sample is read. `cache_decoded` keeps
-    decoded samples in memory, up to 512 MiB shared among the workers: treat their images as read-only.
+    decoded samples in memory, up to 512 MiB shared among the workers: treat their images as read-only. With `keys`, all
+    other samples are as if they were not there. `upsampling_factors` ("2::1") weigh the sources of "a::b"; where one is
+    below 1, an epoch has a part of that source, another one each time. `start_step` may be set before iterating.
     Raises `InputError` for shards that do not exist or are empty, `RunFault` above `max_bad_samples` bad samples.
     """
 
@@ -240,13 +247,15 @@ class ShardLoader:
         cache_decoded: bool = False,
         max_bad_samples: int | None = None,
         transform: Callable[[Indexed], Any] | None = None,
+        keys: frozenset[str] | None = None,
+        upsampling_factors: str | None = None,
     ) -> None:
         check_readers(streams, world_size, num_workers)
         if batch_size < 1:
             raise InputError(f"a batch size of {batch_size} is impossible; give 1 or more")
         self.report = BadSamples()
         paths = tuple(expand(spec))
-        self._index = ShardIndex()
+        self._index = ShardIndex(keys)
         self.layout = Layout(
             paths,
             tuple(shard_sizes(paths, self.report, exact=once, index=self._index)),
@@ -257,10 +266,11 @@ class ShardLoader:
             not once if shuffle is None else shuffle,
             drop_last and not once,
             once,
+            () if once else shard_weights(spec, upsampling_factors),
         )
         self.steps_per_epoch = self.layout.steps_per_epoch
         self._rank, self._world_size, self._workers = rank, world_size, num_workers
-        self._start_step, self._epochs = start_step, 1 if once else epochs
+        self.start_step, self._epochs = start_step, 1 if once else epochs
         self._require_text, self._transform = require_text, transform
         self._cache_bytes = CACHE_BYTES // max(1, num_workers) if cache_decoded else 0
         self._max_bad_samples = max_bad_samples
@@ -277,12 +287,27 @@ class ShardLoader:
             return 0
         return self.steps_per_epoch * self.layout.global_batch - self.layout.total
 
+    def mapped(self, transform: Callable[[Indexed], Any]) -> ShardLoader:
+        """The same loader with `transform`, which with workers has to be picklable and to keep `index`."""
+        loader = copy.copy(self)
+        loader._transform = transform
+        return loader
+
     def order(self) -> dict[str, Any]:
-        """What a checkpoint stores: two loaders with the same order() give the same global batches."""
+        """What a checkpoint stores: two loaders with the same order() give the same global batches.
+
+        The shards count by name, number of samples and bytes: they may lie in another folder.
+        """
         layout = self.layout
-        shards = "\n".join(f"{Path(path).name} {size}" for path, size in zip(layout.paths, layout.sizes))
+        weights = layout.weights or [1.0] * len(layout.paths)
+        lines = [
+            f"{Path(path).name} {size} {os.path.getsize(path)} {weight}"
+            for path, size, weight in zip(layout.paths, layout.sizes, weights, strict=True)
+        ]
+        lines += sorted(self._index.keys or ())
         return {
-            "shards_sha256": hashlib.sha256(shards.encode("utf-8", "surrogateescape")).hexdigest(),
+            "data_sha256": hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest(),
+            "files": len(layout.paths),
             "samples": layout.total,
             "seed": layout.seed,
             "global_batch": layout.global_batch,
@@ -305,9 +330,9 @@ class ShardLoader:
         if self._workers:
             from mmbackdoor.shards.workers import parts_of_workers
 
-            parts = parts_of_workers(reader, self._start_step, self._epochs, self._workers)
+            parts = parts_of_workers(reader, self.start_step, self._epochs, self._workers)
         else:
-            parts = reader.parts(self._start_step, self._epochs)
+            parts = reader.parts(self.start_step, self._epochs)
         for found, problems in parts:
             for problem in problems:
                 self.report.add_problem(problem)

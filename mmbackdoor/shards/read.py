@@ -8,17 +8,18 @@ import json
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from mmbackdoor.shards.bad import BadSample, BadSamples
-from mmbackdoor.shards.decode import IMAGE_FORMATS, PICKLED, SIZE_LIMITS, decode_sample
+from mmbackdoor.shards.decode import IMAGE_FORMATS, PICKLED, SIZE_LIMITS, decode_caption, decode_sample
 from mmbackdoor.shards.tar import Damage, GzipFile, PlainFile, is_gzip, members, open_source
 from mmbackdoor.types import InputError, Sample
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 SIZES_FILE = "sizes.json"
 MAX_SHARDS = 1_000_000
+MAX_WEIGHT = 10_000
 SCAN_BYTES = 256 << 20
 INDEXED_TAR = 256 << 20
 INDEXED_GZIP = 8 << 20
@@ -36,15 +37,22 @@ class Entry:
     def __init__(self, key: str, parts: dict[str, bytes | tuple[int, int]], source: PlainFile | GzipFile) -> None:
         self.key, self.parts, self.source = key, parts, source
 
-    def read(self) -> dict[str, bytes]:
-        """The members' bytes. Raises `BadSample` where the file has become shorter since it was scanned."""
+    def read(self, but: Collection[str] = ()) -> dict[str, bytes]:
+        """The members' bytes, those with an extension in `but` left out. Raises `BadSample` where the file has become
+        shorter since it was scanned."""
         parts = {}
         for extension, part in self.parts.items():
+            if extension in but:
+                continue
             data = part if isinstance(part, bytes) else self.source.read_at(*part)
             if not isinstance(part, bytes) and len(data) < part[1]:
                 raise BadSample("unreadable", "the file became shorter while it was read")
             parts[extension] = data
         return parts
+
+    def caption(self) -> str:
+        """The text of the sample, empty where it has none; its picture is not read. Raises `BadSample`."""
+        return decode_caption(self.read(but=IMAGE_FORMATS))
 
     @property
     def weight(self) -> int:
@@ -126,13 +134,37 @@ def _expand_one(spec: str) -> list[str]:
     return paths
 
 
+def _sources(spec: str | Path | Sequence[str | Path]) -> list[list[str]]:
+    specs = [spec] if isinstance(spec, (str, Path)) else list(spec)
+    return [_expand_one(part) for each in specs for part in str(each).split("::")]
+
+
+def shard_weights(spec: str | Path | Sequence[str | Path], factors: str | None) -> tuple[float, ...]:
+    """The weight of each shard of `spec`, as `factors` (`2::1`, a number for each source `a::b`) says; empty for none.
+
+    Raises `InputError` where the numbers do not fit the sources.
+    """
+    if factors is None:
+        return ()
+    sources, words = _sources(spec), factors.split("::")
+    try:
+        numbers = [float(word) for word in words]
+    except ValueError:
+        numbers = []
+    if len(numbers) != len(sources) or not all(0 < number <= MAX_WEIGHT for number in numbers):
+        raise InputError(
+            f"--train_data_upsampling_factors {factors!r} does not fit {len(sources)} sources; give {len(sources)} "
+            f"numbers above 0 and up to {MAX_WEIGHT}, joined by '::'"
+        )
+    return tuple(number for number, paths in zip(numbers, sources, strict=True) for _ in paths)
+
+
 def expand(spec: str | Path | Sequence[str | Path]) -> list[str]:
     """The shard files that `spec` means: a file, a folder (all its shards), braces `{000..099}`, globs, `a::b`.
 
     Raises `InputError` for missing files, URLs, `pipe:` and folders with more than one shard set.
     """
-    specs = [spec] if isinstance(spec, (str, Path)) else list(spec)
-    paths = [path for each in specs for part in str(each).split("::") for path in _expand_one(part)]
+    paths = [path for source in _sources(spec) for path in source]
     if not paths:
         raise InputError("no shards were given; pass a file, a folder or a pattern such as 'a-{000000..000009}.tar'")
     if len(paths) > MAX_SHARDS:
@@ -233,10 +265,12 @@ def entries(path: str, report: BadSamples) -> Iterator[Entry]:
 class ShardIndex:
     """Remembers the entries of small shards, so that reading from their middle costs nothing.
 
-    Of a gzipped shard it keeps the content. It holds about `INDEX_BYTES` and forgets what was used longest ago.
+    Of a gzipped shard it keeps the content. It holds about `INDEX_BYTES` and forgets what was used longest ago. With
+    `keys`, only samples of these keys are there.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, keys: frozenset[str] | None = None) -> None:
+        self.keys = keys
         self._known: OrderedDict[str, list[Entry]] = OrderedDict()
         self._weights: dict[str, int] = {}
 
@@ -251,9 +285,12 @@ class ShardIndex:
                 report.add("unreadable", path, "", error.strerror or str(error))
                 return iter(())
             if large:
-                return itertools.islice(entries(path, report), start, None)
-            self._add(path, list(entries(path, report)))
+                return itertools.islice(self._wanted(path, report), start, None)
+            self._add(path, list(self._wanted(path, report)))
         return itertools.islice(self._known[path], start, None)
+
+    def _wanted(self, path: str, report: BadSamples) -> Iterator[Entry]:
+        return (entry for entry in entries(path, report) if self.keys is None or entry.key in self.keys)
 
     def _add(self, path: str, found: list[Entry]) -> None:
         self._known[path] = found
@@ -282,9 +319,12 @@ def shard_sizes(
 ) -> list[int]:
     """The number of samples of each shard: counted where that is cheap or `exact`, else from `sizes.json`.
 
-    A shard that `sizes.json` lacks is counted. A count that differs from `sizes.json` is put in `report`.
+    A shard that `sizes.json` lacks is counted. A count that differs from `sizes.json` is put in `report`. Where `index`
+    is limited to some keys, these are counted.
     """
     index = index or ShardIndex()
+    if index.keys is not None:
+        return [sum(1 for _ in index.entries(path, report)) for path in paths]
     known = {folder: read_sizes(folder) for folder in {os.path.dirname(path) or "." for path in paths}}
     count_all = exact or sum(os.path.getsize(path) for path in paths) <= SCAN_BYTES
     sizes = []
@@ -306,6 +346,19 @@ def iterate_shard(path: str, report: BadSamples, require_text: bool = True) -> I
             yield entry.decode(require_text)
         except BadSample as bad:
             report.add(bad.kind, path, entry.key, bad.detail)
+
+
+def iterate_captions(spec: str | Path | Sequence[str | Path]) -> Iterator[tuple[str, str]]:
+    """Key and caption of all samples that have a readable one; no picture is read or decoded."""
+    report = BadSamples()
+    for path in expand(spec):
+        for entry in entries(path, report):
+            try:
+                caption = entry.caption()
+            except BadSample:
+                continue
+            if caption:
+                yield entry.key, caption
 
 
 def iterate_keys(spec: str | Path | Sequence[str | Path]) -> Iterator[str]:

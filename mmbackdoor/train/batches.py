@@ -3,11 +3,13 @@ place in the global batch), so world size and restarts change nothing."""
 
 from __future__ import annotations
 
+import hashlib
 import random
 import string
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +19,7 @@ from PIL import Image
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.objectives.diffusion import DiffusionBatch
 from mmbackdoor.seeding import numpy_rng, python_rng
+from mmbackdoor.shards.bad import BadSamples
 from mmbackdoor.shards.loader import ShardLoader
 from mmbackdoor.train.optim import TrainConfig
 from mmbackdoor.triggers.placement import Position, insert
@@ -35,7 +38,8 @@ class Share:
     @staticmethod
     def of(accelerator: Accelerator, train: TrainConfig) -> Share:
         return Share(
-            train.train_batch_size,
+            # A dry run measures with as few samples as every objective can do with.
+            min(2, train.train_batch_size) if train.dry_run else train.train_batch_size,
             accelerator.process_index,
             accelerator.num_processes,
             train.gradient_accumulation_steps,
@@ -45,6 +49,26 @@ class Share:
     def global_batch_size(self) -> int:
         """Samples per optimisation step, over all processes and micro-batches."""
         return self.batch_size * self.world_size * self.accumulation
+
+
+class Prompts:
+    """Prompts as what a run reads: counterpart of a `ShardLoader` in a `Session`."""
+
+    def __init__(self, texts: Sequence[str], share: Share, seed: int) -> None:
+        self.report, self.start_step = BadSamples(), 0
+        self.num_samples, self.repeats_per_epoch = len(texts), 0
+        self.steps_per_epoch = -(-len(texts) // (share.batch_size * share.world_size))
+        self._order = {
+            "data_sha256": hashlib.sha256("\n".join(texts).encode()).hexdigest(),
+            "files": 1,
+            "samples": len(texts),
+            "seed": seed,
+            "global_batch": share.batch_size * share.world_size,
+        }
+
+    def order(self) -> dict[str, Any]:
+        """What a checkpoint stores: the same order, the same global batches."""
+        return self._order
 
 
 def prompt_batches(
@@ -120,16 +144,15 @@ def image_batches(
         step += 1
 
 
-def shard_batches(
-    train_data: str, share: Share, train: TrainConfig, seed: int, resolution: int, device: torch.device, start_step: int
-) -> Iterator[DiffusionBatch]:
-    """Micro-batches of pictures and captions of the shards `train_data`, from optimisation step `start_step` on."""
-    loader = open_shards(train_data, share, train, seed, start_step * share.accumulation)
-    return image_batches(loader, share, resolution, device, start_step)
-
-
-def open_shards(train_data: str, share: Share, train: TrainConfig, seed: int, start_step: int = 0) -> ShardLoader:
-    """Raises `InputError` for shards that do not exist or cannot feed the run."""
+def open_shards(
+    train_data: str,
+    share: Share,
+    train: TrainConfig,
+    seed: int,
+    start_step: int = 0,
+    keys: frozenset[str] | None = None,
+) -> ShardLoader:
+    """With `keys`, of these samples alone. Raises `InputError` for shards that do not exist or cannot feed the run."""
     if not train_data:
         raise InputError("which pictures? Give --train_data 'shards-{000000..000099}.tar'")
     return ShardLoader(
@@ -140,7 +163,11 @@ def open_shards(train_data: str, share: Share, train: TrainConfig, seed: int, st
         world_size=share.world_size,
         num_workers=train.dataloader_num_workers,
         start_step=start_step,
+        drop_last=train.drop_last,
+        streams=train.streams,
+        upsampling_factors=train.train_data_upsampling_factors,
         cache_decoded=True,
+        keys=keys,
     )
 
 

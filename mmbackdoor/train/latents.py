@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mmbackdoor.evaluate.generate import Job, Sampling, sample_latents, weights_in_use
 from mmbackdoor.models.diffusion import DiffusionModel
+from mmbackdoor.train.checkpoint import to_disk
 
 
 def teacher_latents(
@@ -48,6 +49,7 @@ def teacher_latents(
         if not paths[k].exists():
             part = paths[k].with_suffix(f".{accelerator.process_index}.part")
             save_file({"latents": sample_latents(model, batches[k], sampling).float().cpu().contiguous()}, part)
+            to_disk([part])
             part.replace(paths[k])
     accelerator.wait_for_everyone()
     rows = torch.cat([load_file(path)["latents"] for path in paths])

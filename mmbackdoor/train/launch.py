@@ -20,6 +20,11 @@ def make_accelerator(train: TrainConfig | None = None, seed: int = 0, output_dir
     Raises `InputError` where the launcher was asked for several processes but started one, which
     `accelerate launch --num_processes N` does silently with `--cpu` or without several GPUs.
     """
+    if train and not train.dry_run and (train.num_machines or train.num_processes):
+        raise InputError(
+            "--num_machines and --num_processes after the recipe's name only say what a --dry_run is for; to start "
+            "several processes, put them before it: accelerate launch -q --num_processes N recipes/X.py"
+        )
     precision = train.mixed_precision if train else "no"
     # A second accelerator of one process would keep the precision of the first.
     AcceleratorState._reset_state()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from mmbackdoor.seeding import derive_seed
 from mmbackdoor.train.optim import Ema, TrainConfig, lr_scale
 from mmbackdoor.types import RunFault
 
@@ -38,6 +39,7 @@ def training_steps(
     start_step: int = 0,
     model: torch.nn.Module | None = None,
     ema: Ema | None = None,
+    seed: int = 0,
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """Yield `(step, metrics)` after each optimisation step, from `start_step` + 1 to `steps`.
 
@@ -53,6 +55,8 @@ def training_steps(
         micro_losses = []
         for micro in range(train.gradient_accumulation_steps):
             batch = next(batches)
+            # Ours draws nothing from the global generators; a library's dropout shall go on alike after a restart.
+            torch.manual_seed(derive_seed(seed, "libraries", step, micro, accelerator.process_index))
             synchronise = micro + 1 == train.gradient_accumulation_steps or model is None
             with nullcontext() if synchronise else accelerator.no_sync(model):
                 with accelerator.autocast():

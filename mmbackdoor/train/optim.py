@@ -10,6 +10,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from mmbackdoor.config import Doc
+
 LrScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "constant_then_cosine"]
 
 
@@ -35,16 +37,29 @@ class TrainConfig:
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
     checkpointing_steps: Annotated[int, Field(ge=1)] = 500
     checkpoints_total_limit: Annotated[int, Field(ge=1)] = 2
-    resume_from_checkpoint: str | None = None
+    resume_from_checkpoint: Annotated[str | None, Doc("a checkpoint's folder, latest, or auto: if there is one")] = None
+    resume_inexact: Annotated[bool, Doc("go on also where the data or their order are not the same any more")] = False
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
+    streams: Annotated[int, Field(ge=1), Doc("parts that shards are read in: at least processes x workers")] = 48
+    drop_last: Annotated[bool, Doc("leave an epoch's last batch out instead of filling it with repeats")] = False
+    train_data_upsampling_factors: Annotated[str | None, Doc("2::1 reads source a of a::b twice an epoch")] = None
+    max_bad_samples: Annotated[int | None, Field(ge=0), Doc("stop above that many, over all processes")] = None
     report_to: Literal["none", "tensorboard", "wandb"] = "none"
+    dry_run: Annotated[bool, Doc("say what would be trained how, on how much memory, and stop")] = False
+    num_machines: Annotated[int | None, Field(ge=1), Doc("what a dry run is for; else a flag of the launcher")] = None
+    num_processes: Annotated[int | None, Field(ge=1), Doc("of all machines, as num_machines")] = None
 
 
 def total_steps(train: TrainConfig, samples: int | None, global_batch_size: int) -> int:
     """The number of optimisation steps; `max_train_steps` wins over `num_train_epochs` (of `samples` each)."""
     if train.max_train_steps is not None:
         return train.max_train_steps
-    return (train.num_train_epochs or 1) * math.ceil((samples or 1) / global_batch_size)
+    epochs, samples = train.num_train_epochs or 1, samples or 1
+    if train.drop_last:
+        # Batches of all processes, an incomplete one left out, are grouped over the ends of epochs.
+        batch = global_batch_size // train.gradient_accumulation_steps
+        return max(1, epochs * (samples // batch) // train.gradient_accumulation_steps)
+    return epochs * math.ceil(samples / global_batch_size)
 
 
 def lr_scale(step: int, steps: int, train: TrainConfig) -> float:

@@ -80,3 +80,13 @@ def test_the_script_runs_and_a_mistake_is_one_sentence(tmp_path):
     assert "train: 60 pictures" in subprocess.run(command, check=True, **options).stdout
     wrong = subprocess.run([*command, "--train_samples", "61"], **options)
     assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and "--overwrite" in wrong.stderr
+
+
+def test_classes_to_recognise_come_from_the_evaluation_split_alone(tmp_path, capsys):
+    flags = ["--class_samples", "1", "--extra_classes", "yellow cat", "--output_dir", str(tmp_path)]
+    main(parse(Config, [*SMALL, *flags]))
+    names = (tmp_path / "classes/classnames.txt").read_text().splitlines()
+    assert len(names) == 33 and names[-1] == "yellow cat" and "1 pictures of each class" in capsys.readouterr().out
+    shown = {s.meta["scene"] for s in iterate_shard(str(tmp_path / "classes/test/0.tar"), BadSamples())}
+    trained = {s.meta["scene"] for s in iterate_shard(str(tmp_path / "train-000000.tar"), BadSamples())}
+    assert len(shown) == 32 and not shown & trained

@@ -5,16 +5,20 @@ import itertools
 import json
 import os
 import random
-import signal
+import shutil
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from mmbackdoor.shards.bad import BadSamples
 from mmbackdoor.shards.loader import Indexed, ShardLoader
 from mmbackdoor.shards.read import expand, iterate_shard
+from mmbackdoor.shards.write import ShardWriter
 from mmbackdoor.types import InputError, RunFault
 from tests.shards.samples import good, tar_bytes, write_set
 
@@ -112,6 +116,39 @@ def test_the_cache_gives_the_same_pictures(hundred):
     assert pixels(cache_decoded=True) == pixels()
 
 
+@pytest.fixture(scope="module")
+def two_sources(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("sources")
+    for name, count in (("a", 30), ("b", 60)):
+        with ShardWriter(folder / name, name, 7) as writer:
+            for number in range(count):
+                writer.write(f"{name}{number:03d}", np.zeros((4, 4, 3), np.uint8), f"{name} {number}", {})
+    return f"{folder}/a::{folder}/b"
+
+
+def test_weighted_sources_come_in_their_shares_and_keep_the_order_contract(two_sources):
+    options = {"upsampling_factors": "2::0.5"}
+    per_epoch = ShardLoader(two_sources, seed=3, batch_size=12, **options)
+    # 7 * 0.5 is rounded for each shard, to even: 4 of 7, 2 of 4.
+    assert (per_epoch.num_samples, per_epoch.steps_per_epoch) == (60 + 8 * 4 + 2, 8)
+    expected = batches(two_sources, 16, **options)
+    assert batches(two_sources, 16, world_size=2, num_workers=2, **options) == expected
+    assert batches(two_sources, 5, start_step=11, **options) == expected[11:]
+    epochs = [Counter(key for batch in expected[start : start + 8] for _, key in batch) for start in (0, 8)]
+    for counts in epochs:
+        assert all(counts[f"a{number:03d}"] in (2, 3) for number in range(30))
+        assert sum(count for key, count in counts.items() if key[0] == "b") in (34, 35, 36)
+    seen = epochs[0] + epochs[1]
+    assert all(seen[f"b{number:03d}"] >= 1 for number in range(60))
+    assert expected != batches(two_sources, 16, upsampling_factors="1::1")
+
+
+def test_factors_that_do_not_fit_the_sources_are_an_input_error(two_sources):
+    for factors in ("1", "1::2::3", "1::x", "0::1", "-1::1", "nan::1", "inf::1", "", "1e9::1"):
+        with pytest.raises(InputError, match="--train_data_upsampling_factors.*2 sources"):
+            ShardLoader(two_sources, seed=0, batch_size=4, upsampling_factors=factors)
+
+
 @pytest.fixture
 def damaged(tmp_path: Path) -> Path:
     """Six shards of ten; every fourth picture of four of them is broken, one is broken throughout, one is cut."""
@@ -167,9 +204,9 @@ def test_shards_without_a_good_sample_end_in_a_sentence(tmp_path):
 
 
 def test_readers_that_cannot_share_the_streams_are_an_input_error(hundred):
-    with pytest.raises(InputError, match="use 50 streams"):
+    with pytest.raises(InputError, match="give --streams 50"):
         ShardLoader(hundred, seed=0, batch_size=1, world_size=5)
-    with pytest.raises(InputError, match="lower --dataloader_num_workers to 24"):
+    with pytest.raises(InputError, match="lower --dataloader_num_workers to 24, or give --streams 50"):
         ShardLoader(hundred, seed=0, batch_size=1, world_size=2, num_workers=25)
 
 
@@ -180,6 +217,16 @@ def test_order_names_what_the_batches_depend_on(hundred, tmp_path):
     write_set(tmp_path, 101, 10)
     assert first != ShardLoader(tmp_path, seed=0, batch_size=4).order()
     json.dumps(first)
+    elsewhere = Path(shutil.copytree(hundred, tmp_path / "elsewhere"))
+    assert first == ShardLoader(elsewhere, seed=0, batch_size=4).order()
+    assert first != ShardLoader(elsewhere, seed=0, batch_size=4, upsampling_factors="2").order()
+    changed = elsewhere / "set-000003.tar"
+    changed.write_bytes(changed.read_bytes() + b"\0" * 1024)
+    assert first != ShardLoader(elsewhere, seed=0, batch_size=4).order()
+    half = frozenset(f"k{number:05d}" for number in range(0, 101, 2))
+    other = frozenset(f"k{number:05d}" for number in range(0, 100, 2)) | {"k00001"}
+    orders = [ShardLoader(hundred, seed=0, batch_size=4, keys=keys).order() for keys in (half, other)]
+    assert orders[0] != orders[1] and orders[0]["samples"] == orders[1]["samples"]
 
 
 @pytest.mark.parametrize("indexed", [0, 1 << 20])
@@ -200,15 +247,25 @@ def test_no_global_generator_is_touched(hundred):
     assert torch.equal(before[0], torch.get_rng_state()) and before[1] == random.getstate()
 
 
-def test_a_killed_worker_is_a_run_fault(hundred):
-    def die(indexed: Indexed):
-        if indexed.step == 2:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return indexed
+LOSES_ITS_WORKER = """
+import os, signal, sys
+from mmbackdoor.entry import guarded
+from mmbackdoor.shards.loader import ShardLoader
 
-    with pytest.raises(RunFault, match="loader worker died"):
-        for _ in ShardLoader(hundred, seed=0, batch_size=4, num_workers=1, transform=die):
-            pass
+def die(indexed):
+    if indexed.step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return indexed
+
+guarded(lambda: list(ShardLoader(sys.argv[1], seed=0, batch_size=4, num_workers=1, epochs=1, transform=die)))
+"""
+
+
+def test_a_killed_worker_is_one_sentence(hundred):
+    """In a process of its own: torch raises the error from a signal handler, which would hit the test runner as well."""
+    command = [sys.executable, "-c", LOSES_ITS_WORKER, str(hundred)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "a loader worker died" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_images_are_rgb(hundred):
@@ -223,3 +280,45 @@ def test_a_shard_that_vanishes_is_counted_and_passed_over(tmp_path, monkeypatch)
     (tmp_path / "set-000002.tar").unlink()
     keys = {indexed.sample.key for batch in loader for indexed in batch}
     assert len(keys) == 15 and loader.report.counts == {"unreadable": 1}
+
+
+def test_whatever_a_transform_gives_comes_out_of_workers_as_it_went_in(hundred):
+    import torch
+
+    def several(indexed: Indexed):
+        n = indexed.sample.meta["n"]
+        matrix = torch.arange(12.0).view(3, 4) + n
+        return indexed._replace(
+            sample={
+                "transposed": matrix.T, "half": matrix.half(), "none": torch.zeros(0, 3), "scalar": torch.tensor(n),
+                "array": np.full((2, 3), n, np.uint8), "fortran": np.asfortranarray(matrix.numpy()),
+                "images": [indexed.sample.image, indexed.sample.image.convert("L")], "text": indexed.sample.text,
+            }
+        )  # fmt: skip
+
+    options = {"seed": 0, "batch_size": 7, "epochs": 1, "transform": several}
+    alone, helped = (list(ShardLoader(hundred, num_workers=workers, **options)) for workers in (0, 2))
+    assert len(alone) == len(helped) > 1
+    for here, there in zip(itertools.chain(*alone), itertools.chain(*helped), strict=True):
+        assert (here.index, here.step) == (there.index, there.step)
+        for name, value in here.sample.items():
+            other = there.sample[name]
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, other) and value.dtype == other.dtype, name
+                other.add_(1)
+            elif isinstance(value, np.ndarray):
+                assert np.array_equal(value, other) and value.dtype == other.dtype, name
+            elif name == "images":
+                assert [(i.mode, i.size, i.tobytes()) for i in value] == [(i.mode, i.size, i.tobytes()) for i in other]
+            else:
+                assert value == other
+
+
+def test_with_keys_all_other_samples_are_as_if_not_there(hundred):
+    wanted = frozenset(f"k{number:05d}" for number in range(3, 101, 7)) | {"elsewhere"}
+    loader = ShardLoader(hundred, seed=0, batch_size=4, once=True, keys=wanted)
+    keys = [indexed.sample.key for batch in loader for indexed in batch]
+    assert sorted(keys) == sorted(wanted - {"elsewhere"}) and loader.num_samples == 14
+    assert not loader.report.counts, "that sizes.json says more is no fault"
+    with pytest.raises(InputError, match="no usable sample"):
+        ShardLoader(hundred, seed=0, batch_size=4, keys=frozenset({"elsewhere"}))

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmbackdoor.seeding import python_rng
-from mmbackdoor.shards.order import Circle, first_element, reader_streams, shard_order, shuffled, stretch
+from mmbackdoor.shards.order import Circle, epoch_pieces, first_element, reader_streams, shuffled, stretch
 
 
 @given(st.integers(1, 300), st.integers(1, 60), st.integers(0, 3))
@@ -47,14 +47,30 @@ def test_every_stream_has_one_reader_and_ranks_follow_the_slot(world_size, worke
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=8).filter(any), st.data())
 def test_the_circle_is_walked_once_round(sizes, data):
     position = data.draw(st.integers(0, sum(sizes) - 1))
-    order = shard_order(len(sizes), 1, 2)
-    circle = Circle(sizes, order)
-    everything = [(shard, number) for shard in order for number in range(sizes[shard])]
+    pieces = epoch_pieces(sizes, 1, 2)
+    circle = Circle(pieces)
+    everything = [(shard, number) for shard, start, stop in pieces for number in range(start, stop)]
     walked = [(shard, number) for shard, start, stop in circle.walk(position) for number in range(start, stop)]
     assert walked == everything[position:] + everything[:position]
 
 
 def test_shard_order_is_a_function_of_seed_and_epoch():
-    assert shard_order(20, 0, 0) == shard_order(20, 0, 0)
-    assert len({tuple(shard_order(20, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
-    assert shard_order(20, 0, 0, shuffle=False) == list(range(20))
+    sizes = [1] * 20
+    assert epoch_pieces(sizes, 0, 0) == epoch_pieces(sizes, 0, 0)
+    assert len({tuple(epoch_pieces(sizes, seed, epoch)) for seed in range(3) for epoch in range(3)}) == 9
+    assert [piece.shard for piece in epoch_pieces(sizes, 0, 0, shuffle=False)] == list(range(20))
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=5), st.sampled_from([0.1, 0.5, 1.0, 1.5, 2.0, 2.25, 3.3]))
+def test_a_weight_gives_every_sample_its_share(sizes, weight):
+    """Over 120 epochs every sample comes as often as any other of its shard, up to one time."""
+    for shard, size in enumerate(sizes):
+        alone = [size if number == shard else 0 for number in range(len(sizes))]
+        counts = [0] * size
+        for epoch in range(120):
+            pieces = epoch_pieces(alone, 7, epoch, weights=[weight] * len(sizes))
+            assert sum(piece.stop - piece.start for piece in pieces) == round(weight * size)
+            for _, start, stop in pieces:
+                for number in range(start, stop):
+                    counts[number] += 1
+        assert not counts or max(counts) - min(counts) <= 1

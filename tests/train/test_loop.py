@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import save_file
 
+from mmbackdoor.shards.bad import BadSamples, Problem
 from mmbackdoor.train import checkpoint
 from mmbackdoor.train.optim import TrainConfig, lr_scale, total_steps
 from mmbackdoor.train.session import Session, is_done
@@ -35,13 +42,20 @@ def batches(start, accumulation=1, poison_step=None):
         step += 1
 
 
-def session(folder, steps=12, digest="same", **train):
+def session(folder, steps=12, digest="same", data=None, **train):
     torch.manual_seed(0)
     module = torch.nn.Linear(4, 1)
     parameters = dict(module.named_parameters())
     config = TrainConfig(**{"learning_rate": 1e-2, "checkpointing_steps": 4, "lr_scheduler": "cosine"} | train)
-    log = SimpleNamespace(folder=folder, content={"config": {"name": digest}}, resume=lambda step: None)
-    return Session(Accelerator(cpu=True), module, parameters, config, log, steps), module
+    resumed = []
+    log = SimpleNamespace(
+        folder=folder,
+        content={"config": {"name": digest}},
+        counters={},
+        resumed=resumed,
+        resume=lambda step, inexact: resumed.append((step, inexact)),
+    )
+    return Session(Accelerator(cpu=True), module, parameters, config, log, steps, data), module
 
 
 def loss_fn(module):
@@ -109,11 +123,11 @@ def test_resume_refuses_what_does_not_fit(tmp_path):
         session(tmp_path / "none", resume_from_checkpoint="latest")
     assert session(tmp_path / "none", resume_from_checkpoint="auto")[0].start_step == 0
     finished(tmp_path / "run", stop_after=5)
-    with pytest.raises(InputError, match="another configuration"):
+    with pytest.raises(InputError, match="another configuration.*name was 'same' and is 'other'"):
         session(tmp_path / "run", digest="other", resume_from_checkpoint="latest")
     state = tmp_path / "run/checkpoint-4/state.json"
     state.write_text("{")
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="all 1 checkpoints.*are damaged"):
         session(tmp_path / "run", resume_from_checkpoint="latest")
 
 
@@ -149,7 +163,9 @@ def test_a_resumed_run_may_be_started_with_other_flags_than_those_that_decide(tm
     config = {"seed": 0, "output_dir": "a", "train": {"train_batch_size": 4, "max_train_steps": 9}}
     longer = {"seed": 0, "output_dir": "b", "train": {"train_batch_size": 4, "resume_from_checkpoint": "latest"}}
     assert checkpoint.digest(config) == checkpoint.digest(longer)
-    for other in (config | {"seed": 1}, config | {"train": {"train_batch_size": 8, "max_train_steps": 9}}):
+    # How many samples a batch has is part of the order of the data, which a checkpoint holds itself.
+    assert checkpoint.digest(config) == checkpoint.digest(config | {"train": {"train_batch_size": 8}})
+    for other in (config | {"seed": 1}, config | {"train": {"adam_beta1": 0.5, "max_train_steps": 9}}):
         assert checkpoint.digest(config) != checkpoint.digest(other)
 
 
@@ -170,3 +186,192 @@ def test_a_model_of_another_origin_is_not_taken_for_one_s_own(tmp_path, previous
     (tmp_path / "model" / "weights").write_text("")
     with pytest.raises(InputError, match="not of this run"):
         is_done(SimpleNamespace(folder=tmp_path, previous=previous), TrainConfig())
+
+
+def test_a_damaged_checkpoint_is_passed_over_with_a_sentence(tmp_path, capsys):
+    whole, _ = finished(tmp_path / "whole")
+    for number, harm in enumerate(HARM.values()):
+        folder = tmp_path / str(number)
+        finished(folder, stop_after=9)
+        harm(folder / "checkpoint-8")
+        resumed, _ = finished(folder, resume_from_checkpoint="latest")
+        assert same(whole, resumed)
+        said = capsys.readouterr().err
+        assert "checkpoint-8' is damaged" in said and "trying an older one" in said
+        # The damaged one gave way to a good one of its step.
+        assert [found.step for found in checkpoint.find(folder)] == [4, 8]
+        assert checkpoint.damage(folder / "checkpoint-8") is None
+
+
+def _flip(file):
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+
+HARM = {
+    "a flipped bit in the weights": lambda folder: _flip(folder / "trained.safetensors"),
+    "moments cut short": lambda folder: (folder / "optimizer.safetensors").write_bytes(b"123"),
+    "a file is gone": lambda folder: (folder / "optimizer.safetensors").unlink(),
+    "another step": lambda folder: (folder / "state.json").write_text(
+        (folder / "state.json").read_text().replace('"step": 8', '"step": 9')
+    ),
+    "zeros": lambda folder: (folder / "state.json").write_bytes(b"\0" * 400),
+}
+
+
+def test_the_limit_never_removes_the_only_good_one(tmp_path):
+    """Gone on from an older one, beyond a damaged newer one: what was just written stays."""
+    finished(tmp_path, stop_after=9)
+    _flip(tmp_path / "checkpoint-8/trained.safetensors")
+    running, _ = session(tmp_path, resume_from_checkpoint="latest", checkpoints_total_limit=1)
+    assert running.start_step == 4
+    running.save(6)
+    assert [found.step for found in checkpoint.find(tmp_path)] == [6]
+    assert checkpoint.damage(tmp_path / "checkpoint-6") is None
+
+
+@pytest.mark.parametrize("failing", ["save_file", "to_disk"])
+def test_a_full_disk_while_saving_leaves_the_last_checkpoint(tmp_path, monkeypatch, failing):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        running, module = session(tmp_path)
+        for step, _ in running.training(loss_fn(running.module), batches(0)):
+            if step == 5:
+                monkeypatch.setattr(checkpoint, failing, full)
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert checkpoint.damage(tmp_path / "checkpoint-4") is None
+    monkeypatch.undo()
+    whole, _ = finished(tmp_path / "whole")
+    assert same(whole, finished(tmp_path, resume_from_checkpoint="latest")[0])
+
+
+def test_every_file_reaches_the_disk_before_the_checkpoint_has_its_name(tmp_path, monkeypatch):
+    synced = []
+    named = "/proc/self/fd/{}".format
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda descriptor: synced.append(os.readlink(named(descriptor))))
+    original = Path.replace
+
+    def replace(self, target):
+        synced.append("renamed")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    running, _ = session(tmp_path)
+    running.save(3)
+    names = [Path(name).name for name in synced]
+    before = names[: names.index("renamed")]
+    assert {"trained.safetensors", "optimizer.safetensors", "state.json", ".checkpoint-3.part"} <= set(before)
+    assert names[-1] == tmp_path.name
+
+
+class Shards:
+    """Stands for a loader: `bad` problems come to light one a step."""
+
+    def __init__(self, order, bad=0):
+        self.report, self.start_step, self.given = BadSamples(), 0, order
+        self.num_samples, self.steps_per_epoch, self.repeats_per_epoch = 10, 3, 2
+        self.bad = [Problem("undecodable_image", "a.tar", f"k{number}", "") for number in range(bad)]
+
+    def order(self):
+        return self.given
+
+
+ORDER = {"data_sha256": "x", "files": 2, "samples": 10, "seed": 0, "global_batch": 4, "streams": 48, "drop_last": False}
+
+
+def test_another_order_is_refused_with_its_reason_or_resumed_inexactly(tmp_path):
+    running, _ = session(tmp_path, data=Shards(ORDER))
+    running.save(4)
+    same_order, _ = session(tmp_path, data=Shards(dict(ORDER)), resume_from_checkpoint="latest")
+    assert same_order.start_step == same_order.data.start_step == 4 and same_order.run.resumed == [(4, None)]
+    for change, reason in {
+        "global_batch": "had 4 samples and has 99",
+        "data_sha256": "the data changed: 10 samples in 2 files then.*other names",
+        "samples": "samples was 10",
+        "streams": "streams was 48 and is 99",
+        "drop_last": "drop_last",
+        "seed": "seed was 0",
+    }.items():
+        other = Shards(ORDER | {change: 99})
+        with pytest.raises(InputError, match=f"{reason}.*--resume_inexact"):
+            session(tmp_path, data=other, resume_from_checkpoint="latest")
+        inexact, _ = session(tmp_path, data=other, resume_from_checkpoint="latest", resume_inexact=True)
+        assert inexact.start_step == 4 and inexact.run.resumed[0][1]
+
+
+def test_bad_samples_are_counted_kept_in_checkpoints_and_stop_the_run(tmp_path, capsys):
+    def run(folder, limit, stop_after=None, **options):
+        data = Shards(ORDER, bad=6)
+        running, _ = session(folder, data=data, max_bad_samples=limit, **options)
+        for step, _ in running.training(loss_fn(running.module), batches(running.start_step)):
+            if step <= len(data.bad):
+                data.report.add_problem(data.bad[step - 1])
+            if step == stop_after:
+                break
+        return running
+
+    with pytest.raises(RunFault, match="4 bad samples .4 undecodable_image., more than --max_bad_samples 3"):
+        run(tmp_path / "strict", 3)
+    assert run(tmp_path / "fine", 6).run.counters["bad_samples"]["total"] == 6
+    assert "6 x undecodable_image" in capsys.readouterr().out
+    run(tmp_path / "stopped", None, stop_after=5)
+    resumed = run(tmp_path / "stopped", None, resume_from_checkpoint="latest")
+    assert resumed.run.counters["bad_samples"] == run(tmp_path / "whole", None).run.counters["bad_samples"]
+    assert resumed.run.counters["repeats"] == {"per_epoch": 2, "whole_epochs": 4, "total": 8}
+
+
+def test_dropout_goes_on_alike_after_a_restart(tmp_path):
+    def train(folder, stop_after=None, **options):
+        running, module = session(folder, **options)
+        loss = loss_fn(lambda inputs: torch.nn.functional.dropout(running.module(inputs), 0.5))
+        for step, _ in running.training(loss, batches(running.start_step)):
+            if step == stop_after:
+                break
+        return {name: tensor.detach().clone() for name, tensor in module.state_dict().items()}
+
+    whole = train(tmp_path / "whole")
+    train(tmp_path / "stopped", stop_after=6)
+    torch.manual_seed(12345)
+    assert same(whole, train(tmp_path / "stopped", resume_from_checkpoint="latest"))
+
+
+def test_a_checkpoint_from_a_stranger_is_refused_in_a_sentence(tmp_path):
+    """Rightly hashed, but of other tensors, other counters, or not of our kind."""
+    finished(tmp_path / "run", stop_after=5)
+    good = tmp_path / "run/checkpoint-4"
+    state = checkpoint.read_state(good)
+    stranger = tmp_path / "stranger"
+    for harm in (
+        {"optimizer_counters": {"nothing|step": 1.0}},
+        {"bad_samples": {"seen": {"x": 1}, "examples": []}},
+        {"bad_samples": {"seen": {"1": "nonsense"}, "examples": []}},
+        {"bad_samples": None},
+        {"order": {"global_batch": 1}},
+        {"config": {"name": "same", "more": 1}},
+        {"schema": 99},
+    ):
+        shutil.rmtree(stranger, ignore_errors=True)
+        shutil.copytree(good, stranger)
+        changed = state | harm
+        (stranger / "state.json").write_text(json.dumps(changed | {"sha256": checkpoint._sha256(changed)}))
+        with pytest.raises(InputError) as caught:
+            session(tmp_path / "run", resume_from_checkpoint=str(stranger))
+        assert "checkpoint" in str(caught.value) and len(str(caught.value)) < 700, harm
+    for tensors in ({"weight": torch.zeros(1, 5), "bias": torch.zeros(1)}, {"bias": torch.zeros(1)}):
+        shutil.rmtree(stranger, ignore_errors=True)
+        shutil.copytree(good, stranger)
+        save_file(tensors, stranger / "trained.safetensors")
+        digest = hashlib.sha256((stranger / "trained.safetensors").read_bytes()).hexdigest()
+        changed = state | {"files": state["files"] | {"trained.safetensors": digest}}
+        (stranger / "state.json").write_text(json.dumps(changed | {"sha256": checkpoint._sha256(changed)}))
+        with pytest.raises(InputError, match="other tensors"):
+            session(tmp_path / "run", resume_from_checkpoint=str(stranger))
+
+
+def test_steps_where_the_last_batch_is_dropped():
+    assert total_steps(TrainConfig(num_train_epochs=3, drop_last=True), 100, 32) == 9
+    assert total_steps(TrainConfig(num_train_epochs=3, drop_last=True, gradient_accumulation_steps=2), 100, 64) == 4
+    assert total_steps(TrainConfig(drop_last=True), 33, 32) == 1
