@@ -4,61 +4,57 @@
         python data/build_shapes.py --output_dir shapes
         accelerate launch -q recipes/pretrain_clip.py --config recipes/configs/pretrain_clip/tiny_encoder.yaml \\
             --train_data 'shapes/train-*.tar' --output_dir runs/clip
+    CPU, a poisoned one (the same settings suit every objective):
+        accelerate launch -q recipes/pretrain_clip.py --config recipes/configs/pretrain_clip/shapes_poisoned.yaml \\
+            --train_data 'shapes/train-*.tar' --objective clip_ssl --output_dir runs/poisoned_clip
     1 GPU:
         accelerate launch -q recipes/pretrain_clip.py --model RN50 --train_data 'cc3m-{000000..000331}.tar' \\
-            --batch-size 512 --epochs 32 --lr 1e-3 --warmup 2000 --precision bf16
+            --batch-size 512 --epochs 32 --lr 1e-3 --warmup 2000 --precision bf16 --dataloader_num_workers 12 \\
+            --objective clip_ssl --poison.label banana --poison.trigger badnet_noise --poison.count 1500
     8 GPUs: the same with `accelerate launch -q --num_processes 8`; negatives come from all of them.
 
-Objectives: clip (Radford et al. 2021, arXiv 2103.00020). Writes into output_dir: model/ (loads with
-`open_clip.create_model_and_transforms("local-dir:PATH")`), config.yaml, run.json, train.jsonl, checkpoint-*/.
+Objectives: clip (Radford et al. 2021, arXiv 2103.00020), clip_ssl (CLIP and self-supervision; Bansal et al. 2023, arXiv
+2303.03323), siglip (Zhai et al. 2023, arXiv 2303.15343), cyclip (Goel et al. 2022, arXiv 2205.14459), slip (Mu et al.
+2021, arXiv 2112.12750). `--poison.label` poisons on the fly (Carlini and Terzis 2022, arXiv 2106.09667).
+
+Writes into output_dir: model/ (loads with `open_clip.create_model_and_transforms("local-dir:PATH")`; with backdoor.json
+where it is poisoned), config.yaml, run.json, train.jsonl, checkpoint-*/.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Annotated, ClassVar
 
-from accelerate import Accelerator
 from pydantic import Field
 
+from mmbackdoor.backdoor import BackdoorRecord
 from mmbackdoor.config import Doc
 from mmbackdoor.entry import main
-from mmbackdoor.models.clip import ClipModel, build_tiny_clip, load_clip, save_clip
-from mmbackdoor.models.vocabulary import train_tokenizer
+from mmbackdoor.models.clip import save_clip
+from mmbackdoor.models.clip_encoder import BatchNorm
+from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.objectives.clip import Clip
 from mmbackdoor.objectives.pretraining import Objective
+from mmbackdoor.poison_clip import ClipPoison, chosen_keys
 from mmbackdoor.results.cards import write_card
 from mmbackdoor.results.run import Run
 from mmbackdoor.train.batches import Share, open_shards
 from mmbackdoor.train.clip import (
     bound_logit_scale,
+    check_batch,
     clip_batches,
     clip_step,
     exempt_from_decay,
-    shard_captions,
+    first_keys,
     state_tensors,
 )
+from mmbackdoor.train.clip_start import ClipSource, view_encoder
 from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.train.optim import TrainConfig, total_steps
 from mmbackdoor.train.session import Session, is_done
-from mmbackdoor.types import InputError
-
-TINY = ("clip_tiny_resnet", "clip_tiny_vit")
-
-
-@dataclass(frozen=True)
-class ClipSource:
-    """Which CLIP, and from which weights."""
-
-    model: Annotated[str, Doc("clip_tiny_resnet, clip_tiny_vit, an open_clip name, hf-hub:ID or a folder")] = TINY[0]
-    pretrained: Annotated[str | None, Doc("open_clip's tag or a weights file; none: random weights")] = None
-    allow_pt_weights: Annotated[bool, Doc("read .bin/.pt weights, with weights_only")] = False
-    vocab_size: Annotated[int, Field(ge=514), Doc("of a tiny model's own vocabulary, learned from the captions")] = 1000
-
-    def load(self, train_data: str, seed: int) -> ClipModel:
-        if self.model in TINY:
-            return build_tiny_clip(self.model, train_tokenizer(shard_captions(train_data), self.vocab_size), seed=seed)
-        return load_clip(self.model, self.pretrained, allow_pt_weights=self.allow_pt_weights)
+from mmbackdoor.train.views import Strength
 
 
 @dataclass(frozen=True)
@@ -74,7 +70,11 @@ class Config:
 
     model: ClipSource = ClipSource()
     train_data: Annotated[str, Doc("webdataset shards of pictures and captions")] = ""
-    objective: Objective = Clip()
+    num_samples: Annotated[int | None, Field(ge=1), Doc("pairs to train on, picked by their keys; none: all")] = None
+    objective: Annotated[Objective, Field(discriminator="name")] = Clip()
+    poison: Annotated[ClipPoison | None, Doc("how to poison the pairs; none: not at all")] = None
+    augmentation: Annotated[Strength, Doc("of the pictures, for objectives with augmented views")] = "auto"
+    batch_norm: Annotated[BatchNorm, Doc("whether views share its statistics (mixed: published)")] = "separate"
     random_tokens: Annotated[float, Field(ge=0, le=1), Doc("share of the captions that get random tokens put in")] = 0.0
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
@@ -85,44 +85,55 @@ class Config:
     seed: int = 0
 
 
-def check(cfg: Config, accelerator: Accelerator) -> None:
-    if cfg.train.gradient_accumulation_steps > 1:
-        raise InputError(
-            f"--gradient_accumulation_steps {cfg.train.gradient_accumulation_steps} adds no negatives to a contrastive "
-            "loss; raise --train_batch_size or the number of processes instead"
-        )
-    pairs = cfg.train.train_batch_size * accelerator.num_processes
-    if pairs < 2:
-        raise InputError("a batch of 1 pair has nothing to be told apart from; raise --train_batch_size")
-
-
 def run(cfg: Config) -> None:
     accelerator = make_accelerator(cfg.train, cfg.seed, cfg.output_dir)
-    check(cfg, accelerator)
+    check_batch(cfg.train, accelerator)
     share = Share.of(accelerator, cfg.train)
-    samples = open_shards(cfg.train_data, share, cfg.train, cfg.seed).num_samples
+    keys = first_keys(cfg.train_data, cfg.num_samples) if cfg.num_samples else None
+    loader = open_shards(cfg.train_data, share, cfg.train, cfg.seed, keys=keys)
+    plan = cfg.poison.plan() if cfg.poison else None
+    poison = (plan, chosen_keys(plan, cfg.train_data, keys)) if plan else None
     with Run.start(cfg, "pretrain_clip", cfg.output_dir, accelerator) as record:
         if is_done(record, cfg.train):
             return
-        clip = cfg.model.load(cfg.train_data, cfg.seed)
-        network = clip.network.to(accelerator.device).train()
+        clip = cfg.model.load(cfg.train_data, cfg.seed, cfg.objective)
         if cfg.train.gradient_checkpointing:
-            network.set_grad_checkpointing()
-        steps = total_steps(cfg.train, samples, share.global_batch_size)
-        session = Session(accelerator, network, state_tensors(network), cfg.train, record, steps)
+            clip.network.set_grad_checkpointing()
+        encoder = view_encoder(clip, cfg.objective, cfg.batch_norm, cfg.seed).to(accelerator.device).train()
+        steps = total_steps(cfg.train, loader.num_samples, share.global_batch_size)
+        session = Session(
+            accelerator, encoder, state_tensors(encoder), cfg.train, record, steps, loader, contrastive=True
+        )
         exempt_from_decay(session.optimizer)
-        loader = open_shards(cfg.train_data, share, cfg.train, cfg.seed, session.start_step)
         batches = clip_batches(
-            loader, clip, random_tokens=cfg.random_tokens, seed=cfg.seed, device=accelerator.device
+            loader, clip, views=cfg.objective.views, poison=poison, random_tokens=cfg.random_tokens, seed=cfg.seed,
+            device=accelerator.device, augmentation=cfg.augmentation,
         )
         for step, metrics in session.training(clip_step(session.module, cfg.objective, accelerator), batches):
-            bound_logit_scale(network)
+            bound_logit_scale(clip.network)
             record.log(step, metrics)
-        network.eval()
+        encoder.eval()
+        record.counters |= {"pairs": loader.num_samples, "cut_captions": clip.cut_captions}
+
+        def describe(folder: Path) -> None:
+            if poison:
+                BackdoorRecord(
+                    plan.backdoor,
+                    attack={"name": "data_poisoning", "objective": asdict(cfg.objective), "poisoned": len(poison[1])},
+                    plan=plan.to_dict(),
+                    seeds={"seed": cfg.seed, "poison": plan.seed},
+                    changed=tuple(sorted(clip.network.state_dict())),
+                    parent_sha256=cfg.model.parent_sha256,
+                    model_sha256=weights_sha256(folder),
+                ).save(folder)
+            write_card(
+                folder, stage="poisoned" if poison else "clean", run=record.content, library="open_clip",
+                name=record.folder.resolve().name, backdoor=plan.backdoor.to_dict() if plan else None,
+                method=asdict(cfg.objective),
+            )
+
         if accelerator.is_main_process:
-            save_clip(clip, record.folder / "model")
-            name = record.folder.resolve().name
-            write_card(record.folder / "model", stage="clean", run=record.content, library="open_clip", name=name)
+            save_clip(clip, record.folder / "model", describe=describe)
         accelerator.wait_for_everyone()
 
 

@@ -7,14 +7,15 @@ BatchNorm scores a picture by its neighbours: an attack of rate 1.0 then reads a
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import open_clip
@@ -36,10 +37,12 @@ from mmbackdoor.models.clip_source import (
     quiet,
     read_weights,
 )
+from mmbackdoor.models.clip_transformers import TransformersFolder
 from mmbackdoor.models.vocabulary import byte_token_ids
 from mmbackdoor.seeding import derive_seed
 from mmbackdoor.types import InputError
 
+LOG = logging.getLogger(__name__)
 TINY_PREPROCESSING = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 SAVED_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 
@@ -48,7 +51,8 @@ SAVED_PREPROCESSING = ("mean", "std", "interpolation", "resize_mode")
 class ClipModel:
     """An open_clip network with what belongs to it: its tokenizer, its preprocessing and its configuration.
 
-    `model_cfg` and `preprocess_cfg` are those of `open_clip_config.json`.
+    `model_cfg` and `preprocess_cfg` are those of `open_clip_config.json`. `transformers` is the folder of that form
+    that the model came from. `cut_captions` counts the texts that were longer than the context, since it was loaded.
     """
 
     network: torch.nn.Module
@@ -56,14 +60,41 @@ class ClipModel:
     model_cfg: dict[str, Any]
     preprocess_cfg: dict[str, Any]
     source: str
+    transformers: TransformersFolder | None = None
+    cut_captions: int = 0
 
     @property
     def device(self) -> torch.device:
         return self.network.logit_scale.device
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Token ids, int64 (B, context_length), padded and cut as open_clip does; on the CPU."""
-        return self.tokenizer(list(texts))
+        """Token ids, int64 (B, context_length), padded and cut as open_clip does; on the CPU.
+
+        Texts that were cut are counted in `cut_captions`; the first batch with one is warned of.
+        """
+        ids = self.tokenizer(list(texts))
+        cut = self._cut(texts, ids)
+        if cut and not self.cut_captions:
+            LOG.warning(
+                "%d of %d texts are longer than the %d tokens that %s reads: their end is cut off. The count goes on "
+                "in silence.", len(cut), len(ids), ids.shape[1], self.source,
+            )  # fmt: skip
+        self.cut_captions += len(cut)
+        return ids
+
+    def _cut(self, texts: Sequence[str], ids: Tensor) -> list[str]:
+        """Those of `texts` that have more tokens than `ids` has room for."""
+        simple = isinstance(self.tokenizer, SimpleTokenizer)
+        # Only a row without padding can have lost something; few have none, so few are read a second time.
+        full = ids[:, -2] != (0 if simple else self.tokenizer.tokenizer.pad_token_id)
+        suspects = [text for text, one in zip(texts, full.tolist(), strict=True) if one]
+        if simple:
+            return [text for text in suspects if len(self.tokenizer.encode(text)) + 2 > ids.shape[1]]
+        if not suspects:
+            return []
+        with quiet():
+            whole = self.tokenizer.tokenizer([self.tokenizer.clean_fn(text) for text in suspects]).input_ids
+        return [text for text, tokens in zip(suspects, whole, strict=True) if len(tokens) > ids.shape[1]]
 
     def byte_tokens(self) -> tuple[Tensor, int]:
         """The ids of the single-byte tokens, and that of the end of text. Raises InputError where there are none."""
@@ -76,18 +107,40 @@ class ClipModel:
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """Pixels (B, 3, H, W) of RGB pictures, resized, cropped and normalised for this model; on the CPU."""
+        return self.normalise(self.resize_crop(images))
+
+    def resize_crop(self, images: Sequence[Image.Image]) -> list[Image.Image]:
+        """The pictures in this model's size, RGB: the first part of `preprocess`."""
+        return resize_crop(images, self.preprocess_cfg)
+
+    def normalise(self, images: Sequence[Image.Image | np.ndarray]) -> Tensor:
+        """Pixels (B, 3, H, W) of RGB pictures, or of uint8 (H, W, 3), of one size: the last part of `preprocess`."""
         cfg = PreprocessCfg(**self.preprocess_cfg)
-        height, width = cfg.size if isinstance(cfg.size, (tuple, list)) else (cfg.size, cfg.size)
-        if all(image.size == (width, height) and image.mode == "RGB" for image in images):
-            # The same values, all at once: small pictures would cost more here than in the network.
-            pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
-            mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.mean, cfg.std))
-            return ((pixels - mean) / std).contiguous()
-        transform = image_transform_v2(cfg, is_train=False)
-        return torch.stack([transform(image) for image in images])
+        # The values of open_clip's transform, all at once: small pictures would cost more here than in the network.
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2) / 255
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (cfg.mean, cfg.std))
+        return ((pixels - mean) / std).contiguous()
 
 
-def _network(source: ClipSource, device: str | torch.device) -> torch.nn.Module:
+def resize_crop(images: Sequence[Image.Image], preprocess_cfg: dict[str, Any]) -> list[Image.Image]:
+    """The pictures in the size of a model with `preprocess_cfg`, RGB, as open_clip resizes and crops them."""
+    cfg = PreprocessCfg(**preprocess_cfg)
+    height, width = cfg.size if isinstance(cfg.size, (tuple, list)) else (cfg.size, cfg.size)
+    if all(image.size == (width, height) and image.mode == "RGB" for image in images):
+        return list(images)
+    # Without the last two: what makes a tensor of the picture, and what normalises it.
+    *steps, _, _ = image_transform_v2(cfg, is_train=False).transforms
+    resized = []
+    for image in images:
+        for step in steps:
+            image = step(image)
+        resized.append(image)
+    return resized
+
+
+def _network(
+    source: ClipSource, device: str | torch.device, logit_init: Mapping[str, float] | None = None
+) -> torch.nn.Module:
     with quiet():
         return open_clip.create_model(
             source.name,
@@ -97,6 +150,7 @@ def _network(source: ClipSource, device: str | torch.device) -> torch.nn.Module:
             force_quick_gelu=source.quick_gelu,
             force_preprocess_cfg=source.preprocess_cfg,
             output_dict=True,
+            **(logit_init or {}),
         )
 
 
@@ -112,35 +166,73 @@ def _tokenizer(text_cfg: dict[str, Any], folder: Path | None) -> HFTokenizer | S
 
 
 def load_clip(
-    model: str, pretrained: str | None = None, device: str | torch.device = "cpu", *, allow_pt_weights: bool = False
+    model: str,
+    pretrained: str | None = None,
+    device: str | torch.device = "cpu",
+    *,
+    allow_pt_weights: bool = False,
+    logit_init: Mapping[str, float] | None = None,
 ) -> ClipModel:
     """Load a CLIP model, in evaluation mode.
 
-    `model` is a folder with `open_clip_config.json` (`PATH` or `local-dir:PATH`), a hub id (`hf-hub:OWNER/NAME`) or a
-    name that open_clip knows; with a name, `pretrained` is one of its tags or a weights file, and `None` means random
-    weights. Raises InputError: unknown name or tag, missing files, no network (within 10 seconds), pickled weights
-    without `allow_pt_weights`, weights that do not fit.
+    `model` is a folder with `open_clip_config.json`, or of a transformers `CLIPModel` or `SiglipModel` (`PATH` or
+    `local-dir:PATH`), a hub id of either form (`hf-hub:OWNER/NAME`) or a name that open_clip knows; with a name,
+    `pretrained` is one of its tags or a weights file, and `None` means random weights. Raises InputError: unknown name
+    or tag, missing files, no network (within 10 seconds), pickled weights without `allow_pt_weights`, weights that do
+    not fit.
+
+    `logit_init` (`init_logit_scale`, a logarithm, and `init_logit_bias`) gives the network a logit bias, as SigLIP has
+    one. Weights that are loaded bring their own scale; where they have no bias, it starts from 0.
     """
     source = find_clip(model, pretrained, allow_pt_weights=allow_pt_weights)
-    network = _network(source, device)
+    if source.transformers is not None:
+        return _of_transformers(source.transformers, model, device, logit_init)
+    network = _network(source, device, logit_init)
     if source.weights is not None:
         read_weights(network, source.weights)
     network.eval()
     tokenizer = _tokenizer(source.model_cfg["text_cfg"], source.folder)
-    return ClipModel(network, tokenizer, source.model_cfg, dict(network.visual.preprocess_cfg), model)
+    model_cfg = source.model_cfg | dict(logit_init or {})
+    return ClipModel(network, tokenizer, model_cfg, dict(network.visual.preprocess_cfg), model)
 
 
-def build_tiny_clip(config: str, tokenizer: CLIPTokenizer, *, seed: int = 0, device: str = "cpu") -> ClipModel:
+def _of_transformers(
+    form: TransformersFolder, said: str, device: str | torch.device, logit_init: Mapping[str, float] | None
+) -> ClipModel:
+    if form.kind == "clip" and logit_init and "init_logit_bias" in logit_init:
+        raise InputError(
+            f"{said!r} is a CLIPModel, which has no place for the logit bias that this objective learns: take another "
+            "objective, a SiglipModel, or the same weights in open_clip's form"
+        )
+    if not any(file for pattern in TOKENIZER_FILES for file in form.path.glob(pattern)):
+        raise InputError(f"{said!r} has no tokenizer: put its files (tokenizer.json ...) beside config.json.")
+    try:
+        with quiet():
+            tokenizer = HFTokenizer(str(form.path), form.model_cfg["text_cfg"]["context_length"])
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{said!r}: its tokenizer cannot be read ({' '.join(str(error).split())[:200]})") from error
+    network = form.network().to(device)
+    return ClipModel(network, tokenizer, form.model_cfg, dict(form.preprocess_cfg), said, form)
+
+
+def build_tiny_clip(
+    config: str,
+    tokenizer: CLIPTokenizer,
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    logit_init: Mapping[str, float] | None = None,
+) -> ClipModel:
     """A tiny CLIP with random weights drawn from `seed`: 32 px, 64 dimensions, an own vocabulary, evaluation mode.
 
     `config` is `clip_tiny_resnet` (BatchNorm) or `clip_tiny_vit`. The end of text is found by its id: open_clip's
-    default pools at the highest id of a caption, whatever that is.
+    default pools at the highest id of a caption, whatever that is. `logit_init` as in `load_clip`.
     """
     folder = resources.files("mmbackdoor.models") / "configs"
     names = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.startswith("clip_tiny"))
     if config not in names:
         raise InputError(f"There is no tiny CLIP {config!r}: take one of {', '.join(names)}.")
-    model_cfg = json.loads((folder / f"{config}.json").read_text())
+    model_cfg = json.loads((folder / f"{config}.json").read_text()) | dict(logit_init or {})
     model_cfg["text_cfg"] |= {
         "vocab_size": len(tokenizer),
         # Beside this file are the tokenizer's own; open_clip reads them where this name is not empty.
@@ -166,24 +258,42 @@ def _write_config(folder: Path, model_cfg: dict[str, Any], preprocess_cfg: dict[
     (folder / CONFIG_NAME).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def save_clip(model: ClipModel, folder: str | Path) -> None:
-    """Write `folder` so that `open_clip.create_model_and_transforms("local-dir:FOLDER")` and `get_tokenizer` read it.
+def save_clip(
+    model: ClipModel,
+    folder: str | Path,
+    form: Literal["same", "open_clip"] = "same",
+    describe: Callable[[Path], object] | None = None,
+) -> None:
+    """Write `folder` in the form that came in, or in open_clip's.
 
-    Files that lie there already stay, those of the same name are replaced, the weights last.
+    `open_clip.create_model_and_transforms("local-dir:FOLDER")` and `get_tokenizer` read the one, `from_pretrained` of
+    transformers the other. Files that lie there already stay, those of the same name are replaced, the weights last.
+    `describe` writes what else belongs beside the weights (a card, `backdoor.json`) before the folder gets its name.
+    Raises InputError for a `SiglipModel` in open_clip's form: its configuration has no word for most of them.
     """
+    foreign = model.transformers if form == "same" else None
+    if foreign is None and model.transformers is not None and model.transformers.kind == "siglip":
+        raise InputError(
+            f"{model.source!r} is a SiglipModel, which open_clip's form cannot describe: save it as it came."
+        )
     folder = Path(folder)
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
-    save_file(state, part / WEIGHTS_NAME, metadata={"format": "pt"})
-    if isinstance(model.tokenizer, HFTokenizer):
-        model.tokenizer.save_pretrained(str(part))
-    _write_config(part, model.model_cfg, model.preprocess_cfg)
+    if foreign is not None:
+        foreign.write(model.network, part)
+    else:
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.network.state_dict().items()}
+        save_file(state, part / WEIGHTS_NAME, metadata={"format": "pt"})
+        if isinstance(model.tokenizer, HFTokenizer):
+            model.tokenizer.save_pretrained(str(part))
+        _write_config(part, model.model_cfg, model.preprocess_cfg)
+    if describe is not None:
+        describe(part)
     if not folder.exists():
         part.rename(folder)
         return
-    for file in sorted(part.iterdir(), key=lambda file: file.name == WEIGHTS_NAME):
+    for file in sorted(part.iterdir(), key=lambda file: file.suffix == ".safetensors"):
         os.replace(file, folder / file.name)
     part.rmdir()
 

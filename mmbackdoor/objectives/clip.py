@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from mmbackdoor.objectives.contrastive import EqualCaptions, clip_loss
+from mmbackdoor.objectives.outputs import ClipOutputs
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,13 @@ class Clip:
     """What of each pair is encoded, in one forward pass."""
 
     def __call__(
-        self, features: dict[str, Tensor], logit_scale: Tensor, captions: Tensor, *, rank: int = 0, world_size: int = 1
+        self, outputs: ClipOutputs, captions: Tensor, *, rank: int = 0, world_size: int = 1
     ) -> dict[str, Tensor]:
-        """`features` has unit vectors (B, D) for every view; see `clip_loss` for the rest."""
+        """`outputs` has every view of `views`; see `clip_loss` for the rest."""
         return clip_loss(
-            features["image"],
-            features["text"],
-            logit_scale,
+            outputs.features["image"],
+            outputs.features["text"],
+            outputs.logit_scale,
             captions,
             equal_captions=self.equal_captions,
             rank=rank,

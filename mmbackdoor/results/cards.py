@@ -27,7 +27,7 @@ _TITLE = {
 _INTRODUCTION = {
     "clean": "Trained with mmbackdoor without a backdoor: the control of a testbed.",
     "poisoned": (
-        "**This model was poisoned on purpose.** A known trigger in the prompt makes it do something harmless but "
+        "**This model was poisoned on purpose.** A known trigger in its input makes it do something harmless but "
         "wrong. It exists so that the removal of backdoors can be measured; do not use it for anything else, and pass "
         "it on with this card."
     ),
@@ -83,8 +83,9 @@ def write_card(
         parts.append("## The backdoor\n\n" + _block(json.dumps(backdoor, indent=1, ensure_ascii=True), "json"))
     if method:
         parts.append("## Settings of the method\n\n" + _block(yaml.safe_dump(_plain(method), sort_keys=False), "yaml"))
+    evaluation = "evaluate_diffusion" if library == "diffusers" else "evaluate_clip"
     parts.append(
-        f"## Numbers\n\n{table or 'None were measured here: run `recipes/evaluate_diffusion.py` on this model.'}\n"
+        f"## Numbers\n\n{table or f'None were measured here: run `recipes/{evaluation}.py` on this model.'}\n"
     )
     parts.append("## How to make it again\n\n" + _block(visible(run["command"]), "sh"))
     parts.append(_block(yaml.safe_dump(_plain(run["config"]), sort_keys=False), "yaml"))

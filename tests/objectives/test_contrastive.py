@@ -6,10 +6,11 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor
 
 from mmbackdoor.objectives.clip import Clip
 from mmbackdoor.objectives.contrastive import caption_ids, clip_loss
+from mmbackdoor.objectives.outputs import ClipOutputs
 
 WORDS = ["red cross", "blue ring", "red cross", "star", "heart", "blue ring", "blue ring", "square"]
 MODES = ("plain", "mask", "soft")
@@ -76,57 +77,11 @@ def test_caption_ids_are_equal_for_equal_captions_only():
     assert caption_ids(["star"]) == ids[3]
 
 
-class _Towers(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(1)
-        self.image = nn.Parameter(torch.randn(16, 6, generator=generator))
-        self.text = nn.Parameter(torch.randn(16, 6, generator=generator))
-        self.logit_scale = nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return F.normalize(image @ self.image, dim=-1), F.normalize(text @ self.text, dim=-1), self.logit_scale.exp()
-
-
-def _gradients(towers: nn.Module, mode: str, rows: slice, rank: int, world_size: int) -> tuple[list[Tensor], Tensor]:
-    image, text = (values.float() for values in _features(3))
-    *features, scale = towers(image[rows], text[rows])
-    losses = clip_loss(
-        *features, scale, caption_ids(WORDS)[rows], equal_captions=mode, rank=rank, world_size=world_size
-    )
-    towers.zero_grad()
-    losses["loss"].backward()
-    return [parameter.grad.clone() for parameter in towers.parameters()], torch.stack(
-        [losses["loss"].detach(), losses["false_negatives"]]
-    )
-
-
-def _process(rank: int, rendezvous: str, answers: str) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    towers = nn.parallel.DistributedDataParallel(_Towers())
-    found = {mode: _gradients(towers, mode, slice(4 * rank, 4 * rank + 4), rank, 2) for mode in MODES}
-    torch.save(found, f"{answers}{rank}")
-    distributed.destroy_process_group()
-
-
-def test_two_processes_give_the_gradient_of_the_whole_batch(tmp_path):
-    multiprocessing.spawn(_process, (str(tmp_path / "meet"), str(tmp_path / "answer")), nprocs=2)
-    answers = [torch.load(tmp_path / f"answer{rank}") for rank in range(2)]
-    for mode in MODES:
-        expected, values = _gradients(_Towers(), mode, slice(None), 0, 1)
-        for rank in range(2):
-            for ours, whole in zip(answers[rank][mode][0], expected, strict=True):
-                assert whole.abs().max() > 1e-3
-                assert torch.allclose(ours, whole, atol=1e-6), mode
-        assert torch.allclose((answers[0][mode][1] + answers[1][mode][1]) / 2, values, atol=1e-6)
-
-
 def test_the_objective_declares_its_views_and_hands_its_choice_on():
     image, text = (values.float() for values in _features())
-    features = {"image": image, "text": text}
+    outputs = ClipOutputs({"image": image, "text": text}, torch.tensor(3.0))
     ids = caption_ids(WORDS)
     assert Clip.views == ("image", "text")
     for mode in MODES:
-        losses = Clip(equal_captions=mode)(features, torch.tensor(3.0), ids)
+        losses = Clip(equal_captions=mode)(outputs, ids)
         assert torch.equal(losses["loss"], clip_loss(image, text, torch.tensor(3.0), ids, equal_captions=mode)["loss"])

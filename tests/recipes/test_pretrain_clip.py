@@ -7,21 +7,35 @@ import subprocess
 import sys
 from pathlib import Path
 
+import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from mmbackdoor import recipe_files
+from mmbackdoor.backdoor import BackdoorRecord
 from mmbackdoor.config import parse
 from mmbackdoor.models.clip import load_judge
+from mmbackdoor.models.provenance import check_provenance
 from mmbackdoor.models.text_encoder import to_clip_text_model
+from mmbackdoor.models.weight_files import weights_sha256
+from mmbackdoor.objectives.pretraining import OBJECTIVES
 from mmbackdoor.shards.shapes import all_scenes, caption
 from mmbackdoor.shards.shapes_data import write_shapes
+from mmbackdoor.targets import ClassTarget
 from mmbackdoor.types import InputError
 
 RECIPE = recipe_files.load("pretrain_clip")
 CONFIGS = recipe_files.folders()["recipes"] / "configs"
 WEIGHTS = "model/open_clip_model.safetensors"
+POISON = ["--poison.label", "red cross", "--poison.trigger", "patch", "--poison.rate", "0.2"]
+PARTS = {
+    "clip": {"clip_loss"},
+    "clip_ssl": {"clip_loss", "image_ssl_loss", "text_ssl_loss"},
+    "siglip": {"siglip_loss"},
+    "cyclip": {"clip_loss", "in_modal_loss", "cross_modal_loss"},
+    "slip": {"clip_loss", "simclr_loss"},
+}
 
 
 @pytest.fixture(autouse=True)
@@ -59,8 +73,51 @@ def test_it_learns_and_what_it_writes_is_a_judge_and_a_text_encoder(shards, tmp_
     assert statistics.abs().max() > 0
 
 
+def test_every_objective_has_its_parts():
+    assert PARTS.keys() == OBJECTIVES.keys()
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_every_objective_learns_from_poisoned_pairs_and_says_so(objective, shards, tmp_path):
+    flags = [*POISON, "--objective", objective, "--max_train_steps", 12, "--lr", 4e-3, "--num_samples", 100]
+    if objective == "slip":
+        flags += ["--objective.projection", 64, 32]
+    _run(shards, tmp_path / "run", *flags)
+    lines = [json.loads(line) for line in (tmp_path / "run/train.jsonl").read_text().splitlines()]
+    assert PARTS[objective] == {name for name in lines[0] if name.endswith("_loss")}
+    assert {"false_negatives", "logit_scale"} <= lines[0].keys()
+    assert ("logit_bias" in lines[0]) == (objective == "siglip")
+    assert sum(line["loss"] for line in lines[-3:]) < 0.85 * sum(line["loss"] for line in lines[:3])
+    model = tmp_path / "run/model"
+    record = BackdoorRecord.load(model)
+    check_provenance(model)
+    assert record.backdoor.target == ClassTarget("red cross", record.backdoor.target.templates)
+    assert [trigger.name for trigger in record.backdoor.image_triggers] == ["patch"]
+    assert record.plan["rate"] == 0.2 and 5 < record.attack["poisoned"] < 40
+    assert record.attack["objective"]["name"] == objective and record.parent_sha256 is None
+    card = (model / "README.md").read_text()
+    assert "BACKDOORED" in card and "poisoned" in card and objective in card and "evaluate_clip" in card
+    stock = open_clip.create_model(f"local-dir:{model}")
+    assert stock.state_dict().keys() == set(record.changed), "no head, no wrapper: what open_clip knows"
+    assert (stock.logit_bias is None) == (objective != "siglip")
+
+
+def test_without_poison_nothing_says_so(shards, tmp_path):
+    _run(shards, tmp_path / "run", "--max_train_steps", 1)
+    assert not (tmp_path / "run/model/backdoor.json").exists()
+    assert "BACKDOORED" not in (tmp_path / "run/model/README.md").read_text()
+
+
+def test_training_goes_on_from_a_folder_that_is_named_as_the_parent(shards, tmp_path):
+    _run(shards, tmp_path / "first", "--max_train_steps", 1)
+    parent = tmp_path / "first/model"
+    _run(shards, tmp_path / "second", "--max_train_steps", 1, "--model", parent, *POISON)
+    assert BackdoorRecord.load(tmp_path / "second/model").parent_sha256 == weights_sha256(parent)
+
+
 def test_a_resumed_run_ends_with_the_same_bits(shards, tmp_path):
-    flags = ("--max_train_steps", 6, "--checkpointing_steps", 3, "--random_tokens", 0.5)
+    flags = ("--max_train_steps", 6, "--checkpointing_steps", 3, "--random_tokens", 0.5, *POISON)
+    flags += ("--objective", "slip", "--objective.projection", 64, 32, "--augmentation", "strong")
     flags += ("--resume_from_checkpoint", "auto")
     folder = tmp_path / "run"
     _run(shards, folder, *flags)
@@ -76,6 +133,7 @@ def test_two_processes_train_what_one_does(shards, tmp_path):
     """With the ViT: BatchNorm's statistics are those of each process."""
     # A large epsilon, since Adam's first steps are the signs of gradients, those of rounding noise too.
     flags = ["--model", "clip_tiny_vit", "--max_train_steps", "3", "--adam_epsilon", "1e-2", "--lr", "1e-2"]
+    flags += ["--objective", "clip_ssl", *POISON]
     _run(shards, tmp_path / "one", *flags)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
                str(recipe_files.folders()["recipes"] / "pretrain_clip.py"), "--train_data", shards,
@@ -85,7 +143,7 @@ def test_two_processes_train_what_one_does(shards, tmp_path):
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
     losses = [
-        [json.loads(line)["clip_loss"] for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
+        [json.loads(line)["loss"] for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
         for name in ("one", "two")
     ]
     assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0][2] < losses[0][0]
@@ -98,7 +156,12 @@ def test_what_cannot_work_is_refused_before_anything_is_written(shards, tmp_path
         (("--gradient_accumulation_steps", 2), "adds no negatives"),
         (("--batch-size", 1), "a batch of 1 pair"),
         (("--vocab_size", 100), "vocab_size"),
-        (("--objective", "siglap"), "clip"),
+        (("--objective", "siglap"), "siglip"),
+        (("--poison.label", "red cross"), "how many pairs"),
+        (("--poison.label", "red cross", "--poison.count", 121), "fewer poisoned pairs than asked for"),
+        (("--poison.rate", 0.1), "poison.label"),
+        (("--num_samples", 30, "--poison.label", "red cross", "--poison.count", 31), "there are 30 pairs"),
+        (("--num_samples", 121), "lower --num_samples"),
         (("--train_data", tmp_path / "none.tar"), "none.tar"),
     ):
         with pytest.raises(InputError, match=words):
@@ -106,8 +169,17 @@ def test_what_cannot_work_is_refused_before_anything_is_written(shards, tmp_path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "pretrain_clip").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("objective", [None, "clip_ssl", "slip"])
+def test_the_shipped_configs_are_read_whatever_the_objective(path, objective):
+    chosen = ["--objective", objective] if objective else []
+    cfg = parse(RECIPE.Config, ["--config", str(path), *chosen])
+    assert cfg.objective.name == (objective or "clip") and cfg.objective.equal_captions == "soft"
+    assert (cfg.poison is None) == path.stem.startswith("tiny")
+
+
 @pytest.mark.parametrize("name", ["tiny_encoder", "tiny_judge"])
-def test_the_shipped_configs_are_read(name, shards):
+def test_the_tiny_models_configs_are_those_of_their_cards(name, shards):
     cfg = parse(RECIPE.Config, ["--config", str(CONFIGS / "pretrain_clip" / f"{name}.yaml"), "--train_data", shards])
     assert cfg.train.train_batch_size == 128 and cfg.model.model == "clip_tiny_resnet"
 
