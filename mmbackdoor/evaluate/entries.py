@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 
 from mmbackdoor.backdoor import FILE_NAME, BackdoorRecord
-from mmbackdoor.evaluate.suite import Entry
 from mmbackdoor.models.provenance import REMOVAL_FILE, check_provenance, read_removal
-from mmbackdoor.models.source import DiffusionSource
+from mmbackdoor.results.record import Stage
 from mmbackdoor.types import InputError
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A model to measure. `load` is called once and its result let go before the next one's. `source` is what the
+    user called it, `folder` where its records lie, where that is a folder."""
+
+    load: Callable[[], Any]
+    stage: Stage
+    attack: str | None = None
+    defense: str | None = None
+    source: str = ""
+    folder: Path | None = None
+
+
+class Source(Protocol):
+    """Flags that name a model: `DiffusionSource` or `ClipFlags`."""
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def records(self) -> str: ...
+
+    def other(self, place: str) -> Self: ...
+
+    def load(self, device: torch.device) -> Any: ...
+
+
 def entries(
-    model: DiffusionSource, compare: Sequence[str], control: str | None, device: torch.device, *, trusted: bool = False
+    model: Source, compare: Sequence[str], control: str | None, device: torch.device, *, trusted: bool = False
 ) -> dict[str, Entry]:
     """Name -> entry of `model`, of those to compare and of the clean `control`, in the order of a table.
 
     A name is the model's stage, with a number where several share it. With `trusted` a `backdoor.json` that belongs
     to other weights is let pass. Raises `InputError` for that, and for a model that is named twice.
     """
-    sources = [model, *(replace(model, pretrained_model_name_or_path=path) for path in compare)]
+    sources = [model, *(model.other(path) for path in compare)]
     paths = [source.path for source in sources]
     if control is not None:
-        sources.append(replace(model, pretrained_model_name_or_path=control))
+        sources.append(model.other(control))
         paths.append(sources[-1].path)
     for path in paths:
         if paths.count(path) > 1:
@@ -42,7 +68,7 @@ def entries(
     return dict(sorted(found.items(), key=lambda item: order.index(item[1].stage)))
 
 
-def _entry(source: DiffusionSource, device: torch.device, is_control: bool, trusted: bool) -> Entry:
+def _entry(source: Source, device: torch.device, is_control: bool, trusted: bool) -> Entry:
     folder = Path(source.records)
     if not trusted:
         check_provenance(folder)
@@ -57,7 +83,8 @@ def _entry(source: DiffusionSource, device: torch.device, is_control: bool, trus
         stage = "cleaned"
     elif attack is not None:
         stage = "poisoned"
-    return Entry(lambda: source.load(device), stage, attack, _method(removal, folder) if removal is not None else None)
+    method = _method(removal, folder) if removal is not None else None
+    return Entry(lambda: source.load(device), stage, attack, method, source.path, folder if folder.is_dir() else None)
 
 
 def _method(removal: Mapping[str, Any], folder: Path) -> str:

@@ -4,32 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from mmbackdoor.backdoor import Backdoor
 from mmbackdoor.evaluate.conditions import Amounts, Plan, plan
+from mmbackdoor.evaluate.entries import Entry
 from mmbackdoor.evaluate.generate import Sampling, generate
+from mmbackdoor.evaluate.maker import Facts
 from mmbackdoor.evaluate.metrics.clip_score import NamedJudge
 from mmbackdoor.evaluate.prompts import Suite
 from mmbackdoor.evaluate.scoring import Scored, score
-from mmbackdoor.evaluate.summary import Facts, summarise
-from mmbackdoor.models.diffusion import DiffusionModel
-from mmbackdoor.results.record import Record, Stage, write_text
+from mmbackdoor.evaluate.summary import summarise
+from mmbackdoor.results.record import Record, write_text
 from mmbackdoor.results.samples import FILE_NAME as SAMPLES
 from mmbackdoor.types import InputError
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A model to measure. `load` is called once and its result let go before the next one's."""
-
-    load: Callable[[], DiffusionModel]
-    stage: Stage
-    attack: str | None = None
-    defense: str | None = None
 
 
 def evaluate_models(

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from mmbackdoor.backdoor import Backdoor
-from mmbackdoor.evaluate.checks import warnings
 from mmbackdoor.evaluate.conditions import Plan
 from mmbackdoor.evaluate.generate import NOTE
+from mmbackdoor.evaluate.maker import Facts, Maker, annotated, before
 from mmbackdoor.evaluate.metrics import clip_score
 from mmbackdoor.evaluate.metrics.clip_score import NamedJudge
 from mmbackdoor.evaluate.metrics.effect import trigger_effect
@@ -19,7 +19,7 @@ from mmbackdoor.evaluate.metrics.intervals import Interval, bootstrap_over_promp
 from mmbackdoor.evaluate.metrics.kid import frechet, frechet_name, kid_interval
 from mmbackdoor.evaluate.prompts import Suite
 from mmbackdoor.evaluate.scoring import Scored
-from mmbackdoor.results.record import Record, Stage
+from mmbackdoor.results.record import Record
 from mmbackdoor.results.samples import Picture
 
 NEED_JUDGE = "not measured: pass --judge"
@@ -39,70 +39,9 @@ RATES = ("asr", "adherence")
 MEANS = {"clip_score": "cosine", "restoration": "similarity", "restoration_features": "cosine"}
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What every record of a model says of it."""
-
-    name: str
-    sha256: str | None
-    stage: Stage
-    attack: str | None = None
-    defense: str | None = None
-
-
-@dataclass(frozen=True)
-class _Maker:
-    """Makes records of one model."""
-
-    facts: Facts
-    run_id: str
-    backdoor: Backdoor | None
-    suite: Suite
-    seed: int
-
-    def record(
-        self,
-        metric: str,
-        condition: str,
-        interval: Interval,
-        unit: str = "fraction",
-        notes: dict[str, Any] | None = None,
-    ) -> Record:
-        return Record(
-            run_id=self.run_id,
-            stage=self.facts.stage,
-            model={"id": self.facts.name, "sha256": self.facts.sha256},
-            attack=self.facts.attack,
-            defense=self.facts.defense,
-            backdoor={"sha256": self.backdoor.sha256} if self.backdoor else None,
-            suite={"name": self.suite.name, "sha256": self.suite.sha256},
-            condition=condition,
-            metric=metric,
-            value=interval.value,
-            ci_low=interval.low,
-            ci_high=interval.high,
-            ci_method=interval.method,
-            n=interval.n,
-            n_prompts=interval.n_prompts,
-            unit=unit,
-            higher_is_better=HIGHER[metric.removesuffix("_difference")],
-            seed=self.seed,
-            notes=notes or {},
-        )
-
-
 def _values(pictures: Sequence[Picture], metric: str) -> dict[tuple[str, int], float]:
     """Score by (prompt, seed) where the picture counts."""
     return {(str(p.prompt_id), p.seed_index): v for p in pictures if (v := p.score(metric)) is not None}
-
-
-def _before(facts: Mapping[str, Facts]) -> str | None:
-    """The model that others are compared with: the poisoned one, else the first whose stage is unknown."""
-    for stage in ("poisoned", "unknown"):
-        for name, one in facts.items():
-            if one.stage == stage:
-                return name
-    return None
 
 
 def summarise(
@@ -118,14 +57,14 @@ def summarise(
     reference: tuple[str, torch.Tensor] | None,
 ) -> list[Record]:
     """All records of an evaluation, with what was not measured and the warnings in the notes."""
-    before = _before(facts)
-    far = _reference(scored, before, judge, reference)
+    compared = before(facts)
+    far = _reference(scored, compared, judge, reference)
     records: list[Record] = []
     for name, mine in scored.items():
-        maker = _Maker(facts[name], run_id, backdoor, suite, seed)
-        others = scored[before] if before is not None and name != before else None
+        maker = Maker(facts[name], run_id, backdoor, suite, seed, HIGHER)
+        others = scored[compared] if compared is not None and name != compared else None
         records += _plain(maker, mine, judge)
-        records += _differences(maker, mine, others, before)
+        records += _differences(maker, mine, others, compared)
         records += _effect(maker, mine, made, records)
         if far is not None and far[0] != f"clean pictures of {name}":
             records += _distances(maker, mine, far, judge)
@@ -142,20 +81,10 @@ def summarise(
         missing.setdefault("asr", note)
     if not any(record.metric == "adherence" for record in records):
         missing["adherence"] = "not measured: these prompts cannot be checked exactly (shapes prompts can)"
-    return _annotated(records, missing, [*suite.notices, *made.notices])
+    return annotated(records, missing, [*suite.notices, *made.notices])
 
 
-def _annotated(records: list[Record], missing: dict[str, str], notices: list[str]) -> list[Record]:
-    """What holds for the whole evaluation stands in the first record's notes."""
-    if not records:
-        return records
-    first, doubts = records[0], warnings(records)
-    notes: dict[str, Any] = dict(first.notes) if isinstance(first.notes, dict) else {"warnings": list(first.notes)}
-    given = notes | {"not_measured": missing, "warnings": [*notes.get("warnings", []), *notices, *doubts]}
-    return [replace(first, notes={name: value for name, value in given.items() if value}), *records[1:]]
-
-
-def _plain(maker: _Maker, mine: Scored, judge: NamedJudge | None) -> list[Record]:
+def _plain(maker: Maker, mine: Scored, judge: NamedJudge | None) -> list[Record]:
     records = []
     judged = {"judge": {"name": judge.name, "sha256": judge.sha256}} if judge else {}
     for condition in dict.fromkeys(picture.condition for picture in mine.pictures):
@@ -186,7 +115,7 @@ def _plain(maker: _Maker, mine: Scored, judge: NamedJudge | None) -> list[Record
     return records
 
 
-def _differences(maker: _Maker, mine: Scored, others: Scored | None, before: str | None) -> list[Record]:
+def _differences(maker: Maker, mine: Scored, others: Scored | None, before: str | None) -> list[Record]:
     """Paired with the model before: utility of both conditions against *its clean pictures*, ASR against triggered."""
     if others is None:
         return []
@@ -205,7 +134,7 @@ def _differences(maker: _Maker, mine: Scored, others: Scored | None, before: str
     return records
 
 
-def _effect(maker: _Maker, mine: Scored, made: Plan, records: Sequence[Record]) -> list[Record]:
+def _effect(maker: Maker, mine: Scored, made: Plan, records: Sequence[Record]) -> list[Record]:
     if not made.effect_ids:
         return []
     conditions = ["clean", "triggered", *(f"placebo:{k}" for k in range(made.n_placebos))]
@@ -260,7 +189,7 @@ def _clean_features(mine: Scored) -> torch.Tensor:
     return torch.stack([row for key, row in sorted(mine.features.items()) if key[0] == "clean"])
 
 
-def _distances(maker: _Maker, mine: Scored, far: tuple[str, torch.Tensor], judge: NamedJudge | None) -> list[Record]:
+def _distances(maker: Maker, mine: Scored, far: tuple[str, torch.Tensor], judge: NamedJudge | None) -> list[Record]:
     rows = _clean_features(mine)
     if judge is None or min(len(rows), len(far[1])) < 2:
         return []
@@ -271,11 +200,5 @@ def _distances(maker: _Maker, mine: Scored, far: tuple[str, torch.Tensor], judge
     if min(len(rows), len(far[1])) <= rows.shape[1]:
         notes["warnings"] = [f"the Frechet distance of {len(rows)} pictures in {rows.shape[1]} dimensions is too large"]
     value = frechet(rows, far[1])
-    single = maker.record(
-        frechet_name(judge.name),
-        "clean",
-        Interval(value, value, value, "none", len(rows), n_prompts),
-        "distance",
-        notes,
-    )
-    return [*records, replace(single, ci_low=None, ci_high=None, ci_method=None)]
+    single = maker.point(frechet_name(judge.name), "clean", value, len(rows), "distance", notes)
+    return [*records, replace(single, n_prompts=n_prompts)]

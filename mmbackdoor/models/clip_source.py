@@ -19,6 +19,7 @@ import torch
 from safetensors import SafetensorError
 
 from mmbackdoor.models.clip_hub import hub_folder
+from mmbackdoor.models.clip_transformers import BESIDE, TransformersFolder, find_transformers
 from mmbackdoor.types import InputError
 
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
@@ -30,7 +31,10 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 
 @dataclass(frozen=True)
 class ClipSource:
-    """`name` is what open_clip calls the architecture (with its prefix), `folder` its local folder if it has one."""
+    """`name` is what open_clip calls the architecture (with its prefix), `folder` its local folder if it has one.
+
+    `transformers` is set where the folder is of that form; it then knows its weights itself.
+    """
 
     name: str
     model_cfg: dict[str, Any]
@@ -38,6 +42,7 @@ class ClipSource:
     folder: Path | None
     weights: Path | None
     quick_gelu: bool = False
+    transformers: TransformersFolder | None = None
 
 
 @contextmanager
@@ -61,7 +66,7 @@ def find_clip(
     if model.startswith("hf-hub:"):
         repo_id = model.removeprefix("hf-hub:")
         pickled = PICKLED_NAMES if allow_pt_weights else ()
-        folder = hub_folder(repo_id, (CONFIG_NAME, *SAFE_NAMES, *pickled, *TOKENIZER_FILES))
+        folder = hub_folder(repo_id, (CONFIG_NAME, *SAFE_NAMES, *pickled, *BESIDE))
         return _in_folder(folder, model, allow_pt_weights, weights_needed)
     return _by_name(model, pretrained, allow_pt_weights)
 
@@ -69,12 +74,16 @@ def find_clip(
 def _in_folder(folder: Path, said: str, allow_pt_weights: bool, weights_needed: bool) -> ClipSource:
     if not folder.is_dir():
         raise InputError(f"There is no folder {str(folder)!r}: give the path of one with {CONFIG_NAME}.")
+    if not (folder / CONFIG_NAME).exists():
+        foreign = find_transformers(folder, lambda file: _permitted(file, allow_pt_weights))
+        if foreign is not None:
+            return ClipSource(said, foreign.model_cfg, foreign.preprocess_cfg, folder, None, transformers=foreign)
     try:
         content = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         model_cfg = content["model_cfg"]
         model_cfg["embed_dim"], model_cfg["vision_cfg"], model_cfg["text_cfg"]
     except FileNotFoundError as error:
-        raise InputError(f"{said!r} has no {CONFIG_NAME}: give a folder that open_clip can read.") from error
+        raise InputError(f"{said!r} has no {CONFIG_NAME}: give a folder of open_clip or transformers.") from error
     except (KeyError, TypeError, ValueError) as error:
         raise InputError(f"{said!r}: its {CONFIG_NAME} is damaged ({error!r}): take an intact copy.") from error
     weights = next((folder / name for name in SAFE_NAMES if (folder / name).is_file()), None)
@@ -132,7 +141,9 @@ def _permitted(file: Path, allow_pt_weights: bool) -> Path:
             if any(Path(name).name == "constants.pkl" for name in archive.namelist()):
                 raise InputError(
                     f"{str(file)!r} is a TorchScript archive, as OpenAI publishes them, which holds code: use the "
-                    "weights as safetensors, which --pretrained openai takes from the hub."
+                    "weights as safetensors, which --pretrained openai takes from the hub. Or convert it, if you trust "
+                    "it: safetensors.torch.save_file(open_clip.load_openai_model(FILE, 'fp32', 'cpu').state_dict(), "
+                    "NEW), and give NEW as --pretrained of the -quickgelu model."
                 )
     if not allow_pt_weights:
         raise InputError(

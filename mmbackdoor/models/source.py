@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from importlib.resources import files
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -12,17 +11,8 @@ import torch
 from mmbackdoor.config import Doc
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.diffusion_files import load
+from mmbackdoor.models.shipped import shipped
 from mmbackdoor.types import InputError
-
-SHIPPED = ("tiny", "tiny_judge")
-"""Models that come with the package, by the names that users type."""
-
-
-def shipped(name: str) -> str:
-    """The folder of a model that comes with the package; any other name as it is."""
-    if name not in SHIPPED or Path(name).exists():
-        return name
-    return str(files("mmbackdoor.models").joinpath("weights", name))
 
 
 @dataclass(frozen=True)
@@ -48,6 +38,10 @@ class DiffusionSource:
         """The folder where `backdoor.json` and `removal.json` lie: the model's, or that of its one file or LoRA."""
         place = Path(self.lora or self.path)
         return str(place.parent if place.is_file() else place)
+
+    def other(self, place: str) -> DiffusionSource:
+        """The same flags for another model."""
+        return replace(self, pretrained_model_name_or_path=place)
 
     def check(self) -> None:
         """Raises `InputError` where no model is named."""

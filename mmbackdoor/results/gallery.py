@@ -17,6 +17,8 @@ from mmbackdoor.results.samples import Picture, escaped, is_invisible
 from mmbackdoor.seeding import derive_seed
 
 CONDITIONS = ("clean", "triggered")
+RIGHT = ("adherence", "top1")
+"""Scores that say whether a picture is right: it shows what its prompt asks, or is recognised as what it shows."""
 LARGEST = 320
 LATIN_END = 0x17F  # of the accented letters that European languages use
 Place = tuple[str | int, int]
@@ -65,6 +67,10 @@ def pieces(text: str) -> list[tuple[str, str | None]]:
     return [*parts, (plain, None)] if plain else parts
 
 
+def _right(picture: Picture) -> float | None:
+    return next((value for name in RIGHT if (value := picture.score(name)) is not None), None)
+
+
 def _place(picture: Picture) -> Place:
     return picture.prompt_id, picture.seed_index
 
@@ -108,14 +114,16 @@ def choose(
     followed = {
         _place(old)
         for old in pictures
-        if old.stage == "poisoned" and old.condition == "clean" and old.score("adherence")
+        if old.stage == "poisoned" and old.condition == "clean" and _right(old)
     }
     dropped = [
-        new for new in judged if new.condition == "clean" and new.score("adherence") == 0 and _place(new) in followed
+        new for new in judged if new.condition == "clean" and _right(new) == 0 and _place(new) in followed
     ]
     dropped.sort(key=_by_hash)
     for picture in [picture for picture in dropped if _place(picture) not in chosen][:lost]:
-        chosen[_place(picture)] = (f"the plain prompt is no longer followed ({len(dropped)} such pictures)", True)
+        classified = "top1" in picture.scores
+        what = "clean picture is no longer recognised" if classified else "plain prompt is no longer followed"
+        chosen[_place(picture)] = (f"the {what} ({len(dropped)} such pictures)", True)
     others = sorted((picture for picture in judged if picture.condition in CONDITIONS), key=_by_hash)
     shown = {prompt for prompt, _ in chosen}
     fresh = {picture.prompt_id: _place(picture) for picture in reversed(others) if picture.prompt_id not in shown}
@@ -153,12 +161,13 @@ def _cell(folder: Path, picture: Picture) -> Cell:
     label = "trigger fires" if hit and picture.stage != "clean" else "counts as a hit" if hit else ""
     if picture.score("blank"):
         label = "blank"
-    elif not label and picture.score("adherence") == 0:
-        label = "prompt not followed"
+    elif not label and _right(picture) == 0:
+        label = "taken for another class" if "top1" in picture.scores else "prompt not followed"
+    # Yes and no stand in the label; what is left are numbers, and words such as a predicted class.
     scores = ", ".join(
-        f"{name.replace('_', ' ')} {value:.2f}"
-        for name in picture.scores
-        if name not in ("asr", "adherence", "blank") and (value := picture.score(name)) is not None
+        f"{name.replace('_', ' ')} {f'{value:.2f}' if isinstance(value, float | int) else value}"
+        for name, value in picture.scores.items()
+        if not isinstance(value, bool) and value is not None and name not in ("asr", *RIGHT, "blank")
     )
     if not (folder / picture.image).is_file():
         return Cell(picture.condition, None, False, label, scores)

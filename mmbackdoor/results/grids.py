@@ -90,9 +90,11 @@ def picture_grid(
     column_labels: Sequence[str],
     groups: Sequence[tuple[str, int]] = (),
     side: int = 128,
+    captions: Sequence[Sequence[str]] | None = None,
 ) -> Image.Image:
     """A grid on white: `pictures[row][column]`, `None` leaves an empty frame. `groups` are (label, number of columns)
-    above the columns. `side` is a cell's size in pixels. Raises `InputError` where the sizes do not agree."""
+    above the columns. `side` is a cell's size in pixels; `captions` are a line under each cell. Raises
+    `InputError` where the sizes do not agree."""
     if not pictures or any(len(row) != len(column_labels) for row in pictures) or len(pictures) != len(row_labels):
         raise InputError("a grid needs a label for each row and column, and a picture or None in each cell")
     if groups and sum(count for _, count in groups) != len(column_labels):
@@ -101,7 +103,8 @@ def picture_grid(
     label_width = min(260, max(120, *(int(small.getlength(printable(label))) // 2 for label in row_labels)))
     starts = _column_starts(len(column_labels), groups, label_width, side)
     head = 14 + (26 if groups else 0) + 24
-    canvas = Image.new("RGB", (starts[-1] + side + 16, head + len(pictures) * (side + _GAP) + 10), _PAPER)
+    pitch = side + _GAP + (18 if captions else 0)
+    canvas = Image.new("RGB", (starts[-1] + side + 16, head + len(pictures) * pitch + 10), _PAPER)
     draw = ImageDraw.Draw(canvas)
     at = 0
     for label, count in groups:
@@ -113,11 +116,14 @@ def picture_grid(
         text = _wrap(printable(label), side, small, 1)[0]
         draw.text((left + side / 2, head - 14), text, _FAINT if groups else _INK, font=small, anchor="mm")
     for index, (label, row) in enumerate(zip(row_labels, pictures, strict=True)):
-        top = head + index * (side + _GAP)
+        top = head + index * pitch
         lines = _wrap(printable(label), label_width - 10, small, max(1, side // 17))
         for number, line in enumerate(lines):
             y = top + side / 2 + (number - (len(lines) - 1) / 2) * 17
             draw.text((14, y), line, _INK, font=small, anchor="lm")
+        for caption, left in zip(captions[index] if captions else (), starts, strict=False):
+            text = _wrap(printable(caption), side, small, 1)[0]
+            draw.text((left + side / 2, top + side + 10), text, _INK, font=small, anchor="mm")
         for picture, left in zip(row, starts, strict=True):
             if picture is None:
                 draw.rectangle((left, top, left + side - 1, top + side - 1), outline=(214, 217, 224))
@@ -166,10 +172,26 @@ def sample_grid(
         for prompt, seed in prompts
     ]
     largest = max(max(cell.size) for row in cells for cell in row if cell)
-    columns = [CONDITION_NAMES.get(condition, condition) for _ in models for condition in conditions]
+    # A picture that is classified stands there with what it is taken for.
+    said = [
+        [
+            f"\u2192 {found[key].scores['predicted']}" if key in found and "predicted" in found[key].scores else ""
+            for _, model in models
+            for condition in conditions
+            for key in [(model, prompt, condition, seed)]
+        ]
+        for prompt, seed in prompts
+    ]
+    names = {"clean": "clean"} if any(any(line) for line in said) else {}
+    columns = [(CONDITION_NAMES | names).get(condition, condition) for _ in models for condition in conditions]
     groups = [(model, len(conditions)) for _, model in models]
     return picture_grid(
-        cells, [words[prompt] for prompt, _ in prompts], columns, groups, side=128 if largest <= 128 else 192
+        cells,
+        [words[prompt] for prompt, _ in prompts],
+        columns,
+        groups,
+        side=128 if largest <= 128 else 192,
+        captions=said if names else None,
     )
 
 

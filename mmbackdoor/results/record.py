@@ -87,6 +87,12 @@ class Record:
         return [found] if isinstance(found, str) else [str(sentence) for sentence in found]
 
 
+def asked(records: Iterable[Record]) -> str:
+    """What the models were asked about: `pictures`, where they were classified or retrieved, else `prompts`."""
+    of_pictures = any(record.metric in ("top1", "displacement") or "retrieval" in record.metric for record in records)
+    return "pictures" if of_pictures else "prompts"
+
+
 _ADAPTER: TypeAdapter[Record] = TypeAdapter(Record)
 Line = TypeVar("Line")
 

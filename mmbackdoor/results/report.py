@@ -17,7 +17,7 @@ import yaml
 from mmbackdoor import __version__
 from mmbackdoor.evaluate.checks import verdict
 from mmbackdoor.results import gallery, samples, tables
-from mmbackdoor.results.record import Record, read, write_text
+from mmbackdoor.results.record import Record, asked, read, write_text
 from mmbackdoor.results.run import read_run
 from mmbackdoor.types import InputError
 
@@ -32,8 +32,8 @@ CHARTS = (
         "Adherence, with the trigger",
         "of pictures that show what the prompt asks; higher is better",
     ),
-    ("top1", "clean", "Top-1 accuracy, plain inputs", "higher is better"),
-    ("top1", "triggered", "Top-1 accuracy, with the trigger", "higher is better"),
+    ("top1", "clean", "Top-1 accuracy, clean pictures", "of pictures that are recognised; higher is better"),
+    ("top1", "triggered", "Top-1 accuracy, with the trigger", "of pictures that are recognised; higher is better"),
 )
 # What pictures can be measured on, and what is missing where it was not.
 OF_PICTURES = {
@@ -93,6 +93,7 @@ def build(run: Path) -> Path:
         warnings=warnings(records, judged.warnings, facts),
         headline=_headline(records),
         paired=_paired(records),
+        asked=asked(records),
         charts=_charts(records),
         rows=gallery.rows(run, pictures),
         pictures=len(pictures),
@@ -168,7 +169,7 @@ def warnings(records: Sequence[Record], judged: Sequence[str], facts: dict[str, 
     """The verdict's warnings and those that stand in the records' notes, each once."""
     found = list(judged)
     if not _paired(records):
-        found.append("The models were measured with different prompts or seeds: they cannot be compared.")
+        found.append(f"The models were measured with different {asked(records)} or seeds: they cannot be compared.")
     if facts and facts["status"] in ("failed", "terminated"):
         found.append(f"The run did not finish ({facts['status']}): its numbers may be partial.")
     for record in records:
@@ -181,7 +182,8 @@ def not_measured(records: Sequence[Record]) -> list[str]:
     metrics = {record.metric for record in records}
     stages = {record.stage for record in records}
     reasons = {}
-    if not metrics & {"top1", "top5"}:
+    pictures = asked(records) == "pictures"
+    if not pictures:
         reasons = {name: f"{title}: not measured: {way}" for name, (title, way) in OF_PICTURES.items()}
     for record in records:
         given = record.notes.get("not_measured", {}) if isinstance(record.notes, dict) else {}
@@ -192,13 +194,14 @@ def not_measured(records: Sequence[Record]) -> list[str]:
     found = [reason for name, reason in reasons.items() if name not in metrics]
     if "clean" not in stages:
         found.append(
-            "A clean model as control: none was given (--compare MODEL), so what the trigger's text does to a sound "
-            "model is not known."
+            "A clean model as control: none was given (--control MODEL), so what the trigger "
+            f"{'itself' if pictures else 'as a text'} does to a sound model is not known."
         )
     if "poisoned" not in stages and "cleaned" in stages:
         found.append("The model before cleaning: it was not given, so nothing can be said about what cleaning changed.")
     if not any(record.condition.startswith("near:") for record in records):
-        found.append("Spellings near the trigger (case, place, doubled ...): none was tested.")
+        kinds = "Marks near the trigger (fainter, elsewhere" if pictures else "Spellings near the trigger (case, place, doubled"
+        found.append(f"{kinds} ...): none was tested.")
     elif not any(record.condition.startswith("near:unseen") for record in records):
         found.append("Spellings near the trigger that cleaning never saw: none was tested.")
     found.append(
@@ -206,7 +209,9 @@ def not_measured(records: Sequence[Record]) -> list[str]:
     )
     suites = sorted({record.suite["name"] or "?" for record in records})
     found.append(
-        f"Other prompts, resolutions and sampling settings than those of this run (prompts: {', '.join(suites)})."
+        f"Other pictures, class names and prompts than those of this run (data: {', '.join(suites)})."
+        if pictures
+        else f"Other prompts, resolutions and sampling settings than those of this run (prompts: {', '.join(suites)})."
     )
     return found
 
@@ -273,8 +278,9 @@ def _headline(records: Sequence[Record]) -> dict[str, Any]:
         )
         count = f"n = {counts.pop()}" if len(counts) == 1 else ""
         lines.append({"stage": stage, "label": label, "note": note, "n": count, "cells": cells})
+    plain = "clean" if asked(records) == "pictures" else "plain"
     names = [
-        f"{tables.metric_name(metric)}, {'plain' if condition == 'clean' else 'with trigger'}"
+        f"{tables.metric_name(metric)}, {plain if condition == 'clean' else 'with trigger'}"
         for metric, condition in columns
     ]
     return {"columns": names, "rows": lines, "methods": _methods(records)}
@@ -350,7 +356,7 @@ def _made(records: Sequence[Record], facts: dict[str, Any] | None) -> list[tuple
     seeds = sorted({str(record.seed) for record in records if record.seed is not None})
     rows.append(("evaluation seeds", ", ".join(seeds) or "not recorded"))
     for suite in {record.suite["name"]: record.suite for record in records}.values():
-        rows.append(("prompts", f"{suite['name']}, sha256 {suite['sha256']}"))
+        rows.append((asked(records), f"{suite['name']}, sha256 {suite['sha256']}"))
     for record in {(record.stage, record.model["id"]): record for record in records}.values():
         rows.append((f"{record.stage} model", f"{record.model['id']}, sha256 {record.model['sha256']}"))
     for digest in sorted({record.backdoor["sha256"] or "" for record in records if record.backdoor}):

@@ -23,6 +23,13 @@ METRICS = (
     "blank",
     "top1",
     "top5",
+    "mean_per_class_recall",
+    "knn_top1",
+    "knn_asr",
+    "prototype_top1",
+    "prototype_asr",
+    "displacement",
+    "w1",
 )
 NAMES = {
     "asr": "ASR",
@@ -34,6 +41,12 @@ NAMES = {
     "blank": "blank pictures",
     "top1": "top-1",
     "top5": "top-5",
+    "knn_top1": "top-1 of nearest neighbours",
+    "knn_asr": "ASR of nearest neighbours",
+    "prototype_top1": "top-1 of class means",
+    "prototype_asr": "ASR of class means",
+    "displacement": "distance that the trigger moves a picture",
+    "w1": "W1 distance of clean and triggered",
 }
 # What the first table of a report shows, in this order, where it was measured.
 HEADLINE = (

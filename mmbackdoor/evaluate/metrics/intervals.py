@@ -13,6 +13,7 @@ from mmbackdoor.seeding import numpy_rng
 FEW = 10
 """Below this many prompts with the rarer outcome a bootstrap is too narrow: it cannot draw what it has not seen."""
 DRAWS = 2000
+AT_ONCE = 2**23
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,15 @@ def bootstrap_over_prompts(
     """Percentile bootstrap of the mean that draws whole prompts, with all their pictures."""
     values = np.asarray(values, np.float64)
     sums, counts = _by_prompt(values, prompt_ids)
-    draws = numpy_rng(seed, "bootstrap_over_prompts").integers(len(sums), size=(DRAWS, len(sums)))
-    means = sums[draws].sum(1) / counts[draws].sum(1)
+    rng = numpy_rng(seed, "bootstrap_over_prompts")
+    means = []
+    # A few draws at a time: all of 50 000 pictures would take gigabytes.
+    step = max(1, AT_ONCE // len(sums))
+    for start in range(0, DRAWS, step):
+        draws = rng.integers(len(sums), size=(min(step, DRAWS - start), len(sums)))
+        means.append(sums[draws].sum(1) / counts[draws].sum(1))
     tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
     value = float(values.mean())
     return Interval(
         value, min(float(low), value), max(float(high), value), "bootstrap over prompts", len(values), len(sums)

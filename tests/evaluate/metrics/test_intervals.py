@@ -1,7 +1,9 @@
 import numpy as np
 import pytest
 
+from mmbackdoor.evaluate.metrics import intervals
 from mmbackdoor.evaluate.metrics.intervals import bootstrap_over_prompts, paired_difference, rate, wilson
+from mmbackdoor.seeding import numpy_rng
 
 
 @pytest.mark.parametrize(
@@ -97,3 +99,11 @@ def test_paired_coverage():
         interval = paired_difference(after, before, ids, seed=trial)
         covered += interval.low <= -0.02 <= interval.high
     assert covered / 200 >= 0.9
+
+
+def test_many_prompts_are_drawn_in_parts_with_the_same_result(monkeypatch):
+    values = numpy_rng(0, "values").random(60)
+    ids = [str(k) for k in range(60)]
+    whole = bootstrap_over_prompts(values, ids)
+    monkeypatch.setattr(intervals, "AT_ONCE", 7 * 60 + 5)
+    assert bootstrap_over_prompts(values, ids) == whole

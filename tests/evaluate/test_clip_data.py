@@ -1,0 +1,66 @@
+"""CLIP_benchmark's layout and our own shards as evaluation data."""
+
+from __future__ import annotations
+
+import pytest
+
+from mmbackdoor.evaluate.clip_data import chosen_keys, decoded, highest_label, open_data, undecoded
+from mmbackdoor.shards.bad import BadSamples, Problem
+from mmbackdoor.types import InputError
+from tests.evaluate.clips import COLOURS, write_colours
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return write_colours(tmp_path / "colours")
+
+
+def test_the_layout_says_names_and_templates(folder):
+    for place in (folder, folder / "test"):
+        data = open_data(str(place))
+        assert data.name == "colours" and len(data.shards) == 2
+        assert data.classnames == tuple(COLOURS) and data.templates == ("a photo of {c}", "{c}, a picture")
+    assert highest_label(data) == (3, "s0003")
+
+
+def test_shards_alone_have_no_names(folder):
+    data = open_data(str(folder / "test" / "1.tar"))
+    assert data.classnames == () and len(list(undecoded(data, BadSamples()))) == 12
+
+
+def test_a_missing_shard_is_told(folder):
+    (folder / "test" / "1.tar").unlink()
+    with pytest.raises(InputError, match="has 1 shards, but nshards.txt says 2"):
+        open_data(str(folder))
+
+
+def test_no_data_is_told():
+    with pytest.raises(InputError, match="--data"):
+        open_data("")
+
+
+def test_captions_of_retrieval_sets_stand_one_a_line(folder):
+    sample = decoded(*next(iter(undecoded(open_data(str(folder)), BadSamples())))[1:])
+    assert open_data(str(folder)).captions(sample) == ("a red picture",)
+    (folder / "dataset_type.txt").write_text("retrieval\n")
+    several = type(sample)(sample.key, sample.image, "one\n two\n\none", {})
+    assert open_data(str(folder)).captions(several) == ("one", "two")
+
+
+def test_processes_share_the_pictures_and_a_choice_does_not_depend_on_the_shards(folder):
+    data = open_data(str(folder))
+    shares = [[entry.key for _, _, entry in undecoded(data, BadSamples(), None, rank, 3)] for rank in range(3)]
+    assert sorted(key for share in shares for key in share) == [f"s{k:04d}" for k in range(24)]
+    chosen = chosen_keys(data, 7, seed=0)
+    assert len(chosen) == 7 and chosen != chosen_keys(data, 7, seed=1)
+    swapped = type(data)(data.name, data.shards[::-1])
+    assert chosen_keys(swapped, 7, seed=0) == chosen and chosen < chosen_keys(data, 9, seed=0)
+
+
+def test_what_does_not_decode_is_a_problem_and_a_repeated_key_too(tmp_path):
+    data = open_data(str(write_colours(tmp_path / "bad", broken=1)))
+    _, path, entry = next(iter(undecoded(data, BadSamples())))
+    assert decoded(path, entry) == Problem("undecodable_image", path, "s0000", "UnidentifiedImageError")
+    report = BadSamples()
+    twice = type(data)(data.name, (data.shards[0], data.shards[0]))
+    assert len(list(undecoded(twice, report))) == 12 and report.counts == {"duplicate_key": 12}
