@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shlex
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from mmbackdoor.config import parse
-from mmbackdoor.config_schema import closest
+from mmbackdoor.config_schema import closest, is_main_process
 from mmbackdoor.types import InputError
 
 _PACKAGE = Path(__file__).parent
@@ -58,6 +61,20 @@ def validate(name: str, argv: list[str]) -> None:
     if config_type is None or not dataclasses.is_dataclass(config_type):
         raise InputError(f"recipe {name} has no settings of its own (no class Config); there is nothing to check")
     parse(config_type, argv)
+
+
+def flags(settings: Mapping[str, Any]) -> list[str]:
+    """`settings` (dotted key -> value) as a command line has them."""
+    return [word for key, value in settings.items() for word in (f"--{key}", "none" if value is None else str(value))]
+
+
+def stage(recipe: str, *flags: object) -> None:
+    """Run a recipe in this process, and say by which command it can be run alone."""
+    arguments = [str(flag) for flag in flags]
+    if is_main_process():
+        print(f"\n$ accelerate launch -q recipes/{recipe}.py {shlex.join(arguments)}", flush=True)
+    module = load(recipe)
+    module.run(parse(module.Config, arguments))
 
 
 def copy_out(folder: Path, *, force: bool = False) -> list[Path]:

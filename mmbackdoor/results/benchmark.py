@@ -1,0 +1,249 @@
+"""What a benchmark of objectives and cleaners measured: its lines, its numbers over seeds, and what confounds them.
+
+`points.jsonl` has a line for each model that was measured, `trainings.jsonl` one for each training. Everything that is
+shown is derived from these two files.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import ConfigDict, TypeAdapter
+
+from mmbackdoor.results.frontier import (
+    ASR_LEVELS,
+    LOSSES,
+    Frontier,
+    OverSeeds,
+    Point,
+    Sight,
+    frontier,
+    over_seeds,
+)
+from mmbackdoor.results.record import read_lines, write_text
+from mmbackdoor.results.tables import Table
+from mmbackdoor.types import InputError
+
+POINTS, TRAININGS = "points.jsonl", "trainings.jsonl"
+FIRED = 0.9
+"""Below this ASR a poisoned model is no testbed: there is little to remove."""
+Rule = Callable[[Sequence[Sight], float], Sight]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One model: a clean control, a poisoned one, or a checkpoint of a cleaning. Rates are fractions.
+
+    `accuracy` and `accuracy_triggered` are zero-shot top-1, `n` the pictures of each, `asr_n` those that are not of the
+    target's class. `utility` and `drift` are what a defender sees (`evaluate/clip_sight.py`); a control has none.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    stage: Literal["clean", "poisoned", "cleaned"]
+    objective: str
+    seed: int
+    asr: float
+    asr_n: int
+    accuracy: float
+    accuracy_triggered: float
+    n: int
+    sha256: str
+    cleaner: str | None = None
+    learning_rate: float | None = None
+    step: int = 0
+    utility: float | None = None
+    drift: float | None = None
+
+    @property
+    def point(self) -> Point:
+        run = f"{self.cleaner} {self.learning_rate}" if self.cleaner else self.stage
+        return Point(self.asr, self.accuracy, Sight(run, self.step, self.utility or 0.0, self.drift or 0.0))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """One training: `pairs` in its data (`None` where it broke off), `batch_size` over all processes, and its end."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    stage: Literal["clean", "poisoned", "cleaned"]
+    objective: str
+    seed: int
+    pairs: int | None
+    batch_size: int
+    steps: int
+    status: Literal["finished", "failed"]
+    seconds: float | None
+    cleaner: str | None = None
+    learning_rate: float | None = None
+    error: str | None = None
+
+    @property
+    def samples_seen(self) -> int:
+        return self.steps * self.batch_size
+
+    @property
+    def epochs(self) -> float:
+        return self.samples_seen / self.pairs if self.pairs else 0.0
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cleaner on the models of one objective, a frontier for each seed."""
+
+    objective: str
+    cleaner: str
+    seeds: tuple[int, ...]
+    frontiers: tuple[Frontier, ...]
+
+    def over(self, value: Callable[[Frontier], float | None]) -> OverSeeds:
+        return over_seeds([value(one) for one in self.frontiers])
+
+
+def write(folder: Path, points: Iterable[Measured], trainings: Iterable[Training]) -> None:
+    for name, lines in ((POINTS, points), (TRAININGS, trainings)):
+        write_text(folder / name, "".join(json.dumps(asdict(line), allow_nan=False) + "\n" for line in lines))
+
+
+def read(folder: Path) -> tuple[list[Measured], list[Training]]:
+    """Raises `InputError` where `folder` holds no benchmark, or a damaged line."""
+    points = read_lines(folder / POINTS, TypeAdapter(Measured))
+    if not any(point.stage == "poisoned" for point in points):
+        raise InputError(f"{str(folder / POINTS)!r} has no poisoned model; run the benchmark again")
+    return points, read_lines(folder / TRAININGS, TypeAdapter(Training))
+
+
+def cells(points: Sequence[Measured], trainings: Sequence[Training], rule: Rule) -> list[Cell]:
+    """The frontiers of every objective and cleaner, in the order of the lines."""
+    starts = {(one.objective, one.seed): one.point for one in points if one.stage == "poisoned"}
+    groups: dict[tuple[str, str], dict[int, list[Point]]] = {}
+    for one in points:
+        if one.stage == "cleaned" and one.cleaner is not None:
+            groups.setdefault((one.objective, one.cleaner), {}).setdefault(one.seed, []).append(one.point)
+    found = []
+    for (objective, cleaner), of in groups.items():
+        made = []
+        for seed, some in of.items():
+            failed = sum(
+                one.status == "failed" and (one.objective, one.cleaner, one.seed) == (objective, cleaner, seed)
+                for one in trainings
+            )
+            made.append(frontier(some, starts[objective, seed], rule, failed))
+        found.append(Cell(objective, cleaner, tuple(of), tuple(made)))
+    return found
+
+
+def warnings(points: Sequence[Measured], trainings: Sequence[Training]) -> list[str]:
+    """What keeps these numbers from saying what they seem to say, a sentence each."""
+    found = []
+    poisoned = [one for one in trainings if one.stage == "poisoned"]
+    for what, of in (
+        ("batch sizes", lambda one: one.batch_size),
+        ("numbers of epochs", lambda one: round(one.epochs, 2)),
+        ("numbers of samples seen", lambda one: one.samples_seen),
+        ("numbers of pairs", lambda one: one.pairs or 0),
+    ):
+        by_objective = {one.objective: of(one) for one in poisoned}
+        if len(set(by_objective.values())) > 1:
+            shown = ", ".join(f"{name} {value:g}" for name, value in by_objective.items())
+            found.append(f"The objectives were trained with different {what} ({shown}): a difference may be due to it.")
+    cleaned = [one for one in trainings if one.stage == "cleaned"]
+    seen = {one.cleaner: one.samples_seen for one in cleaned if one.status == "finished"}
+    if len(set(seen.values())) > 1:
+        shown = ", ".join(f"{name} {value:g}" for name, value in seen.items())
+        found.append(f"The cleaners saw different numbers of samples ({shown}).")
+    tried: dict[tuple[str, int, str | None], int] = {}
+    for one in cleaned:
+        tried[one.objective, one.seed, one.cleaner] = tried.get((one.objective, one.seed, one.cleaner), 0) + 1
+    if len(set(tried.values())) > 1:
+        found.append("The cleaners got different numbers of runs: the one with more had more luck to draw on.")
+    failed = [one for one in cleaned if one.status == "failed"]
+    if failed:
+        names = "; ".join(f"{one.objective}, seed {one.seed}, {one.cleaner} {one.learning_rate:g}" for one in failed)
+        found.append(f"{len(failed)} of {len(cleaned)} cleaning runs broke off and count as without success: {names}.")
+    for one in points:
+        if one.stage == "poisoned" and one.asr < FIRED:
+            found.append(
+                f"The model of {one.objective}, seed {one.seed}, was never well poisoned (ASR {100 * one.asr:.1f} % at "
+                f"{100 * one.accuracy:.1f} % accuracy): there is little to remove."
+            )
+    if not any(one.stage == "clean" for one in points):
+        found.append("There is no clean model as control: what the trigger does to a sound one is not known.")
+    seeds = {one.seed for one in points if one.stage == "poisoned"}
+    if len(seeds) < 3:
+        found.append(f"Seeds: {len(seeds)}. That is too few to say that a difference is more than chance.")
+    return found
+
+
+def _shown(found: OverSeeds, digits: int = 1) -> str:
+    """`71.3 [65.0, 77.6]`, with the share of seeds that got there where not all did."""
+    if found.mean is None:
+        return "none"
+    bounds = "" if found.low is None else f" [{100 * found.low:.{digits}f}, {100 * found.high:.{digits}f}]"
+    beside = "" if found.reached == found.n else f" ({found.reached} of {found.n} seeds)"
+    return f"{100 * found.mean:.{digits}f}{bounds}{beside}"
+
+
+def start_table(points: Sequence[Measured]) -> Table:
+    """A line for each model before cleaning and for its control: ASR with both accuracies beside it."""
+    lines = []
+    for objective in dict.fromkeys(one.objective for one in points):
+        for stage in ("clean", "poisoned"):
+            some = [one for one in points if (one.objective, one.stage) == (objective, stage)]
+            if some:
+                columns = zip(*((one.asr, one.accuracy, one.accuracy_triggered) for one in some), strict=True)
+                values = [_shown(over_seeds(column)) for column in columns]
+                lines.append((f"{objective}, {stage}", *values, f"{some[0].n:,}", str(len(some))))
+    header = ("model", "ASR, %", "accuracy, %", "accuracy with trigger, %", "pictures", "seeds")
+    return Table(header, tuple(lines))
+
+
+def frontier_table(found: Sequence[Cell]) -> Table:
+    """The frontier's numbers: per cent, means over seeds with 95 % intervals."""
+    lines = []
+    for cell in found:
+        values = [_shown(cell.over(lambda one, k=k: one.accuracy_at[k])) for k in range(len(ASR_LEVELS))]
+        values += [_shown(cell.over(lambda one, k=k: one.lowest_asr[k])) for k in range(len(LOSSES))]
+        values += [_shown(cell.over(lambda one: one.area)), _shown(cell.over(lambda one: one.succeeded), 0)]
+        runs = sum(one.runs for one in cell.frontiers)
+        lines.append((f"{cell.objective}, {cell.cleaner}", *values, f"{runs}", str(len(cell.seeds))))
+    header = (
+        "objective, cleaner",
+        *(f"accuracy at ASR ≤ {100 * level:g} %" for level in ASR_LEVELS),
+        *(f"lowest ASR at accuracy −{100 * loss:g}" for loss in LOSSES),
+        "area, %",
+        "runs that succeed, %",
+        "runs",
+        "seeds",
+    )
+    return Table(header, tuple(lines))
+
+
+def selection_table(found: Sequence[Cell]) -> Table:
+    """What the oracle and the blind rule picked, side by side: ASR and accuracy of each."""
+    lines = []
+    for cell in found:
+        picks = [
+            _shown(cell.over(lambda one: one.oracle.asr)),
+            _shown(cell.over(lambda one: one.oracle.accuracy)),
+            _shown(cell.over(lambda one: one.blind.asr)),
+            _shown(cell.over(lambda one: one.blind.accuracy)),
+        ]
+        names = sorted({f"{one.blind.seen.run} step {one.blind.seen.step}" for one in cell.frontiers})
+        lines.append((f"{cell.objective}, {cell.cleaner}", *picks, "; ".join(names)))
+    header = ("objective, cleaner", "oracle: ASR, %", "oracle: accuracy, %", "blind: ASR, %", "blind: accuracy, %",
+              "blind picked")  # fmt: skip
+    return Table(header, tuple(lines))
+
+
+def text(folder: Path, rule: Rule) -> str:
+    """The tables and the warnings of the benchmark in `folder`, for a terminal."""
+    points, trainings = read(folder)
+    found = cells(points, trainings, rule)
+    tables = (start_table(points), frontier_table(found), selection_table(found))
+    return "\n\n".join(["", *(table.text() for table in tables), "\n".join(warnings(points, trainings))])

@@ -1,0 +1,88 @@
+"""`report.html` and `scatter.png` of a benchmark: one page that opens offline, from the benchmark's own files."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+
+from mmbackdoor import __version__
+from mmbackdoor.results import benchmark, grids
+from mmbackdoor.results.benchmark import Cell, Measured
+from mmbackdoor.results.frontier import BestUtility, LargestDrift
+from mmbackdoor.results.record import write_text
+from mmbackdoor.results.run import versions
+from mmbackdoor.results.scatter import Panel, scatter
+
+FILE_NAME, PICTURE = "report.html", "scatter.png"
+
+
+def panels(points: Sequence[Measured], cells: Sequence[Cell]) -> list[Panel]:
+    """A panel for each objective, in the order of the lines."""
+    found = []
+    for objective in dict.fromkeys(one.objective for one in points if one.stage == "poisoned"):
+        mine = [one for one in points if one.objective == objective]
+        cleaned = {
+            cell.cleaner: [one.point for one in mine if one.cleaner == cell.cleaner]
+            for cell in cells
+            if cell.objective == objective
+        }
+        picked = {
+            cell.cleaner: [one.blind for one in cell.frontiers] for cell in cells if cell.objective == objective
+        }
+        found.append(Panel(objective, [one.point for one in mine if one.stage == "poisoned"], cleaned, picked))
+    return found
+
+
+def build(folder: Path, rule: LargestDrift | BestUtility) -> Path:
+    """Write `folder/report.html` and `folder/scatter.png`; the page's path. `rule` picks blind.
+
+    Raises `InputError` where `folder` holds no benchmark.
+    """
+    points, trainings = benchmark.read(folder)
+    cells = benchmark.cells(points, trainings, rule)
+    picture = grids.save(scatter(panels(points, cells)), folder / PICTURE)
+    config = folder / "config.yaml"
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mmbackdoor.results"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("benchmark.html.j2").render(
+        version=__version__,
+        name=folder.resolve().name,
+        sentences=sentences(cells),
+        warnings=benchmark.warnings(points, trainings),
+        picture="data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode(),
+        start=benchmark.start_table(points),
+        frontier=benchmark.frontier_table(cells),
+        selection=benchmark.selection_table(cells),
+        trainings=trainings,
+        rule=rule.words,
+        counts={"models": len(points), "trainings": len(trainings)},
+        config=config.read_text(encoding="utf-8") if config.is_file() else None,
+        versions=versions(),
+    )
+    write_text(folder / FILE_NAME, page)
+    return folder / FILE_NAME
+
+
+def sentences(cells: Sequence[Cell]) -> list[str]:
+    """What the blind rule's picks came to, for each objective and cleaner: ASR and accuracy, before and after."""
+    found = []
+    for cell in cells:
+        before, after = (
+            [_mean([point.asr for point in points]), _mean([point.accuracy for point in points])]
+            for points in ([one.start for one in cell.frontiers], [one.blind for one in cell.frontiers])
+        )
+        changes = f"ASR {before[0]} → {after[0]} %, accuracy {before[1]} → {after[1]} %"
+        found.append(f"{cell.cleaner} on {cell.objective}: {changes}, as picked without looking at the trigger")
+    return found
+
+
+def _mean(values: Sequence[float]) -> str:
+    return f"{100 * sum(values) / len(values):.1f}"

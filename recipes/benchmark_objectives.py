@@ -1,0 +1,160 @@
+"""Compare pre-training objectives and cleaners of CLIP: poison, clean over a grid of learning rates, measure them all.
+
+    CPU, drawn pictures, no download (2 cores, a quarter of an hour for one seed):
+        accelerate launch -q recipes/benchmark_objectives.py --config recipes/configs/benchmark_objectives/shapes.yaml
+    More seeds, for intervals (what is finished is not made again): add --seeds 0 1 2
+    8 GPUs: the same with `accelerate launch -q --num_processes 8`, and data of one's own in the YAML file:
+        pretrain.train_data (to be poisoned), clean.train_data, evaluate.data and selection_data.
+
+Every job is another recipe, in this process; its command is printed and can be run alone. A second call goes on where
+the first one stopped; seeds, cleaners and rates may be added to the same output_dir. Each cleaner is judged by its
+frontier of accuracy and ASR, and by what two rules pick: the oracle, which looks at the trigger, and the blind rule of
+the YAML file, which has clean pictures and the poisoned model alone. The published comparison (Verma et al. 2023, arXiv
+2311.14948) gave its objectives different batch sizes and epochs: that is warned of here.
+
+Writes into output_dir: report.html, scatter.png, points.jsonl (every checkpoint), trainings.jsonl, config.yaml, data/,
+settings/, OBJECTIVE/seed-N/{clean,poisoned,evaluation}/ and OBJECTIVE/seed-N/CLEANER-lrRATE/.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+from accelerate import Accelerator
+from pydantic import Field
+
+from mmbackdoor import recipe_files
+from mmbackdoor.config import Doc, parse, to_yaml
+from mmbackdoor.entry import main
+from mmbackdoor.evaluate.clip_data import open_data
+from mmbackdoor.evaluate.clip_points import SIGHTS, checkpoints, cleaned, look, measured, training
+from mmbackdoor.evaluate.clip_sight import Selection, read_selection
+from mmbackdoor.recipe_files import flags, stage
+from mmbackdoor.results import benchmark, benchmark_report
+from mmbackdoor.results.frontier import Blind, LargestDrift
+from mmbackdoor.results.record import write_text
+from mmbackdoor.shards.shapes_benchmark import BenchmarkShapes, benchmark_data, write_benchmark_shapes
+from mmbackdoor.train.launch import make_accelerator
+from mmbackdoor.types import InputError, RunFault
+
+pretrain_clip, clean_clip, evaluate_clip = map(recipe_files.load, ("pretrain_clip", "clean_clip", "evaluate_clip"))
+Overrides = dict[str, bool | int | float | str | None]
+Grid = Annotated[dict[str, Overrides], Field(min_length=1)]
+
+
+@dataclass(frozen=True)
+class Config:
+    objectives: Annotated[Grid, Doc("name -> further flags of pretrain_clip")] = field(
+        default_factory=lambda: {"clip": {}, "clip_ssl": {}}
+    )
+    cleaners: Annotated[Grid, Doc("name -> further flags of clean_clip, such as defense")] = field(
+        default_factory=lambda: {"finetune": {}, "cleanclip": {}}
+    )
+    learning_rates: Annotated[tuple[float, ...], Field(min_length=1), Doc("of cleaning, all tried")] = (1e-3,)
+    seeds: Annotated[tuple[int, ...], Field(min_length=1), Doc("of poison, first weights and orders")] = (0,)
+    blind: Annotated[Blind, Doc("how a defender picks a checkpoint, written down before the run")] = LargestDrift()
+    control: Annotated[bool, Doc("also train each objective without poison: what the trigger does to it")] = True
+    shapes: Annotated[BenchmarkShapes, Doc("what is drawn where no data are given")] = BenchmarkShapes()
+    selection_data: Annotated[str, Doc("clean pictures with classes for the blind rule, if not drawn")] = ""
+    pretrain: pretrain_clip.Config = pretrain_clip.Config()
+    clean: clean_clip.Config = clean_clip.Config()
+    evaluate: evaluate_clip.Config = evaluate_clip.Config()
+    output_dir: str = "runs/benchmark_objectives"
+
+
+def check(cfg: Config) -> None:
+    """Everything that can be wrong in the grid, before anything is trained."""
+    if cfg.pretrain.poison is None:
+        raise InputError("pretrain.poison is missing, so nothing is there to clean; give its label, trigger and count")
+    data = [cfg.pretrain.train_data, cfg.clean.train_data, cfg.evaluate.data, cfg.selection_data]
+    if any(data) and not all(data):
+        raise InputError(
+            "give all of pretrain.train_data, clean.train_data, evaluate.data and selection_data, or none (then "
+            "shapes are drawn)"
+        )
+    cfg.pretrain.poison.plan()
+    for recipe, choice, lines in ((pretrain_clip, "objective", cfg.objectives), (clean_clip, "defense", cfg.cleaners)):
+        for name, more in lines.items():
+            parse(recipe.Config, flags({choice: name} | more))
+
+
+def prepare(cfg: Config, state: Accelerator) -> tuple[dict[str, Path], str]:
+    """Draw the shapes where no data are given; the settings of each recipe as a file, and the pictures to select on."""
+    folder, selection = Path(cfg.output_dir), cfg.selection_data
+    if not selection:
+        data = benchmark_data(folder / "data")
+        if state.is_main_process:
+            write_benchmark_shapes(folder / "data", cfg.shapes, cfg.pretrain.poison.label)
+        cfg = replace(cfg, pretrain=replace(cfg.pretrain, train_data=data.train), selection_data=data.selection,
+                      clean=replace(cfg.clean, train_data=data.clean),
+                      evaluate=replace(cfg.evaluate, data=data.evaluation))  # fmt: skip
+    recipes = {"pretrain_clip": cfg.pretrain, "clean_clip": cfg.clean, "evaluate_clip": cfg.evaluate}
+    files = {name: folder / "settings" / f"{name}.yaml" for name in recipes}
+    if state.is_main_process:
+        write_text(folder / "config.yaml", to_yaml(cfg))
+        for name, base in recipes.items():
+            write_text(files[name], to_yaml(base))
+    state.wait_for_everyone()
+    return files, cfg.selection_data
+
+
+def run(cfg: Config) -> None:
+    check(cfg)
+    folder = Path(cfg.output_dir)
+    state = make_accelerator()
+    settings, selection_data = prepare(cfg, state)
+
+    def job(recipe: str, *more: object) -> None:
+        resume = [] if recipe == "evaluate_clip" else ["--resume_from_checkpoint", "auto"]
+        stage(recipe, "--config", settings[recipe], *resume, *more)
+
+    @cache
+    def selection() -> Selection:
+        pictures = open_data(selection_data)
+        return read_selection(pictures, evaluate_clip.classes_of(cfg.evaluate, pictures, None))
+
+    points, trainings = [], []
+    for seed, (objective, more) in itertools.product(cfg.seeds, cfg.objectives.items()):
+        place = folder / objective / f"seed-{seed}"
+        poisoned, facts = place / "poisoned" / "model", {"objective": objective, "seed": seed}
+        kinds = ("clean", "poisoned") if cfg.control else ("poisoned",)
+        for kind in kinds:
+            poison = {"poison": None} if kind == "clean" else {"poison.seed": seed}
+            wanted = {"objective": objective} | more | poison | {"seed": seed, "output_dir": place / kind}
+            job("pretrain_clip", *flags(wanted))
+        control = {"control": place / "clean" / "model"} if cfg.control else {}
+        job("evaluate_clip", *flags({"model": poisoned} | control | {"output_dir": place / "evaluation"}))
+        if state.is_main_process:
+            trainings += [training(place / kind, facts | {"stage": kind}) for kind in kinds]
+            seen = look(poisoned, [poisoned], selection, place / SIGHTS, state.device)
+            models = [(place / kind / "model", facts | {"stage": kind}) for kind in kinds]
+            points += measured(place / "evaluation", models, seen)
+        for (cleaner, extra), rate in itertools.product(cfg.cleaners.items(), cfg.learning_rates):
+            clean = place / f"{cleaner}-lr{rate:g}"
+            facts |= {"stage": "cleaned", "cleaner": cleaner, "learning_rate": rate}
+            wanted = {"model": poisoned, "defense": cleaner, "lr": rate} | extra | {"seed": seed, "output_dir": clean}
+            try:
+                job("clean_clip", *flags(wanted))
+            except RunFault as fault:
+                # A rate that is too high breaks its run, and that is a result.
+                print(f"{clean} broke off: {fault}")
+                trainings += [training(clean, facts)] if state.is_main_process else []
+                continue
+            *others, last = [model for _, model in checkpoints(clean)]
+            job("evaluate_clip", "--model", last, "--compare", *others, poisoned, "--output_dir", clean / "evaluation")
+            if state.is_main_process:
+                trainings.append(training(clean, facts))
+                points += cleaned(clean, poisoned, facts, selection, state.device)
+    if state.is_main_process:
+        benchmark.write(folder, points, trainings)
+        print(benchmark.text(folder, cfg.blind))
+        print(f"report: {benchmark_report.build(folder, cfg.blind)}")
+    state.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(Config, run, __doc__)

@@ -1,0 +1,143 @@
+"""The benchmark of objectives: every stage once, what is finished is not made again, wrong grids are refused early."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mmbackdoor import recipe_files
+from mmbackdoor.config import parse
+from mmbackdoor.evaluate import clip_points
+from mmbackdoor.results import benchmark
+from mmbackdoor.types import InputError, RunFault
+
+CONFIGS = recipe_files.folders()["recipes"] / "configs"
+SMOKE = CONFIGS / "smoke" / "benchmark_objectives.yaml"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return recipe_files.load("benchmark_objectives")
+
+
+@pytest.fixture(scope="module")
+def made(recipe, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "benchmark"
+    recipe.run(parse(recipe.Config, ["--config", str(SMOKE), "--output_dir", str(folder)]))
+    return folder
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    kept = ("model", "models", "results.jsonl", "sights.jsonl", "data")
+    files = [path for path in folder.rglob("*") if path.is_file() and set(path.relative_to(folder).parts) & set(kept)]
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
+
+
+def test_every_model_is_measured_and_seen(made):
+    points, trainings = benchmark.read(made)
+    steps = [(one.objective, one.stage, one.cleaner, one.step) for one in points]
+    assert steps == [
+        (objective, *one)
+        for objective in ("clip", "clip_ssl")
+        for one in (("poisoned", None, 0), ("cleaned", "finetune", 1), ("cleaned", "finetune", 2),
+                    ("cleaned", "strong", 1), ("cleaned", "strong", 2))
+    ]  # fmt: skip
+    assert len({one.sha256 for one in points}) == len(points) and {one.n for one in points} == {48}
+    assert all(0 <= one.utility <= 1 and (one.drift > 1e-6) == (one.stage == "cleaned") for one in points)
+    assert [(one.steps, one.samples_seen, one.pairs) for one in trainings[:2]] == [(3, 48, 48), (2, 16, 32)]
+    assert {one.status for one in trainings} == {"finished"}
+    assert (made / "report.html").is_file() and (made / "scatter.png").is_file()
+    assert not list(made.rglob("*.part"))
+
+
+def test_lines_of_the_grid_reach_their_recipe(made):
+    strong = json.loads((made / "clip/seed-0/strong-lr0.001/model/removal.json").read_text())
+    assert strong["method"]["name"] == "cleanclip" and strong["method"]["augmentation"] == "strong"
+    plain = json.loads((made / "clip/seed-0/finetune-lr0.001/run.json").read_text())
+    assert plain["config"]["defense"]["name"] == "finetune" and plain["config"]["train"]["learning_rate"] == 1e-3
+    objectives = [
+        json.loads((made / name / "seed-0/poisoned/run.json").read_text())["config"] for name in ("clip", "clip_ssl")
+    ]
+    assert [one["objective"]["name"] for one in objectives] == ["clip", "clip_ssl"]
+    assert [one["train"]["max_train_steps"] for one in objectives] == [3, 2]
+
+
+def test_different_lengths_are_warned_of(made):
+    assert "different numbers of samples seen (clip 48, clip_ssl 32)" in (made / "report.html").read_text()
+
+
+def test_a_second_call_makes_what_is_missing_and_nothing_else(recipe, made, capsys, monkeypatch):
+    before = stamps(made)
+    shutil.rmtree(made / "clip/seed-0/strong-lr0.001")
+    torch.manual_seed(1)
+    seen = []
+    monkeypatch.setattr(clip_points, "load_clip", lambda *place, **more: seen.append(place) or real(*place, **more))
+    recipe.run(parse(recipe.Config, ["--config", str(SMOKE), "--output_dir", str(made)]))
+    after = stamps(made)
+    assert {Path(name).parts[2] for name in before if after[name] != before[name]} == {"strong-lr0.001"}
+    assert after.keys() == before.keys() and len(seen) == 3, "the poisoned model and two checkpoints"
+    assert "$ accelerate launch -q recipes/clean_clip.py" in capsys.readouterr().out
+
+
+real = clip_points.load_clip
+
+
+def test_a_run_that_breaks_off_is_a_result(recipe, made, monkeypatch):
+    run = made / "clip/seed-0/finetune-lr0.001"
+    shutil.rmtree(run / "model")
+    stage = recipe.stage
+
+    def breaking(name: str, *given: object) -> None:
+        if name == "clean_clip" and str(given[-1]) == str(run):
+            content = json.loads((run / "run.json").read_text())
+            (run / "run.json").write_text(json.dumps(content | {"status": "failed", "error": "the loss is nan"}))
+            raise RunFault("the loss is nan")
+        stage(name, *given)
+
+    monkeypatch.setattr(recipe, "stage", breaking)
+    recipe.run(parse(recipe.Config, ["--config", str(SMOKE), "--output_dir", str(made)]))
+    points, trainings = benchmark.read(made)
+    assert len(points) == 8 and [one.error for one in trainings if one.status == "failed"] == ["the loss is nan"]
+    assert "1 of 4 cleaning runs broke off" in (made / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("objectives: {clop: {}}", "clop"),
+        ("cleaners: {finetune: {defense.wrong: 1}}", "wrong"),
+        ("objectives: {clip: {train.max_train_steps: many}}", "many"),
+        ("cleaners: {}", "cleaners"),
+        ("learning_rates: []", "learning_rates"),
+        ("selection_data: somewhere", "give all of pretrain.train_data"),
+        ("pretrain: {poison: {label: yellow cat, trigger: patch}}", "poison.count"),
+        ("pretrain: {model: clip_tiny_resnet}", "pretrain.poison is missing"),
+        ("blind: {name: oracle}", "largest_drift, best_utility"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_anything_is_made(recipe, tmp_path, changed, said):
+    key = changed.split(":")[0]
+    kept = [] if key == "pretrain" else ["pretrain: {poison: {label: yellow cat, trigger: patch, count: 3}}"]
+    (tmp_path / "grid.yaml").write_text("\n".join([changed, *kept]) + "\n")
+    with pytest.raises(InputError, match=said):
+        recipe.run(parse(recipe.Config, ["--config", str(tmp_path / "grid.yaml"), "--output_dir", str(tmp_path / "x")]))
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "benchmark_objectives").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_grids_are_valid(recipe, path):
+    cfg = parse(recipe.Config, ["--config", str(path)])
+    recipe.check(cfg)
+    assert len(cfg.objectives) > 1 and len(cfg.cleaners) > 1 and cfg.control
