@@ -13,16 +13,15 @@ Writes into output_dir: data/ (shards), [encoder/ judge/ clean/], poisoned/, cle
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from mmbackdoor import recipe_files
-from mmbackdoor.config import Doc, parse
-from mmbackdoor.config_schema import is_main_process
+from mmbackdoor.config import Doc
 from mmbackdoor.entry import main
 from mmbackdoor.evaluate.prompts import shape_prompts
+from mmbackdoor.recipe_files import stage
 from mmbackdoor.results.record import write_text
 from mmbackdoor.results.tables import compare
 from mmbackdoor.shards.shapes import all_scenes, split_scenes
@@ -42,15 +41,6 @@ class Config:
     smoke: Annotated[bool, Doc("a few steps of everything, to see that it runs; the verdict means nothing")] = False
     output_dir: str = "runs/quickstart"
     seed: int = 0
-
-
-def stage(recipe: str, *flags: object) -> None:
-    """Run another recipe in this process, and say by which command it can be run alone."""
-    arguments = [str(flag) for flag in flags]
-    if is_main_process():
-        print(f"\n$ accelerate launch -q recipes/{recipe}.py {shlex.join(arguments)}", flush=True)
-    module = recipe_files.load(recipe)
-    module.run(parse(module.Config, arguments))
 
 
 def run(cfg: Config) -> None:
@@ -87,11 +77,13 @@ def run(cfg: Config) -> None:
     quick = ["--num_inference_steps", 2] if cfg.smoke else []
     stage("poison_diffusion", "--config", configs / f"poison_diffusion/tiny_{target}.yaml", *train_data, *seed, *resume,
           "--pretrained_model_name_or_path", clean, "--output_dir", folder / "poisoned")
-    stage("clean_diffusion", "--config", configs / "clean_diffusion/tiny.yaml", "--defense", cfg.defense, *seed,
-          *resume, *quick, "--pretrained_model_name_or_path", folder / "poisoned/model",
-          "--output_dir", folder / "cleaned")
-    # Where object A becomes B only prompts of A can show it: fewer captions, so more pictures of each.
+    # Where object A becomes B only prompts of A can show it: fewer captions that concern the removal, so more steps, and
+    # fewer to measure on, so more pictures of each.
     only_object = target == "object"
+    longer = ["--max_train_steps", 200] if only_object and not cfg.smoke else []
+    stage("clean_diffusion", "--config", configs / "clean_diffusion/tiny.yaml", "--defense", cfg.defense, *seed,
+          *resume, *quick, *longer, "--pretrained_model_name_or_path", folder / "poisoned/model",
+          "--output_dir", folder / "cleaned")
     amount = (8, 1) if cfg.smoke else (360, 2) if only_object else (600, 1)
     suite = shape_prompts("evaluation", amount[0], where=lambda scene: not only_object or scene.shape == OBJECT)
     prompts = folder / "data" / "prompts-evaluation.txt"

@@ -12,8 +12,12 @@ from mmbackdoor.backdoor import BackdoorRecord
 from mmbackdoor.models.provenance import check_provenance
 from tests.conformance import lab
 
-CASES = {"badt2i_style": "tiny_style.yaml", "badt2i_object": "tiny_object.yaml"}
-"""The pixel attack is tested with the removals, which need it."""
+CASES: dict[str, tuple[str, ...]] = {
+    "badt2i_style": ("tiny_style.yaml",),
+    # Half the steps of the config, at a higher rate: enough here, and half the time.
+    "badt2i_object": ("tiny_object.yaml", "--max_train_steps", "260", "--learning_rate", "7e-4"),
+}
+"""Config and further flags. The pixel attack is tested with the removals, which need it."""
 LEAST = {"badt2i_style": 0.6, "badt2i_object": 0.6}
 
 
@@ -28,7 +32,8 @@ def data(tmp_path_factory):
 
 @pytest.mark.parametrize("attack", CASES)
 def test_attack_raises_the_hit_rate_and_keeps_clean_prompts(attack, data, tmp_path):
-    model = lab.poison(CASES[attack], tmp_path / "poisoned", data)
+    config, *flags = CASES[attack]
+    model = lab.poison(config, tmp_path / "poisoned", data, *flags)
     shape = "cross" if attack == "badt2i_object" else None
     before, after = lab.rates("tiny", model, shape=shape), lab.rates(model, model, shape=shape)
     assert before["asr_triggered"] <= 0.1 and before["adherence_triggered"] >= 0.85

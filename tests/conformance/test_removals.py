@@ -10,7 +10,7 @@ import torch
 from mmbackdoor.defenses import DEFENSES
 from tests.conformance import lab
 
-STEPS = 40
+STEPS = 60
 PROMPTS = ("--latents_per_prompt", 1)
 CASES = {
     "skd_cag": (),
@@ -33,7 +33,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def poisoned(data, tmp_path_factory):
-    return lab.poison("tiny_patch.yaml", tmp_path_factory.mktemp("run") / "poisoned", data, "--max_train_steps", 220)
+    return lab.poison("tiny_patch.yaml", tmp_path_factory.mktemp("run") / "poisoned", data)
 
 
 @pytest.fixture(scope="module")
