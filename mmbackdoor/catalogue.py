@@ -10,10 +10,21 @@ from dataclasses import dataclass
 
 from mmbackdoor.attacks import ATTACKS
 from mmbackdoor.defenses import DEFENSES
+from mmbackdoor.defenses.clip import CLIP_DEFENSES
+from mmbackdoor.detectors import DETECTORS
+from mmbackdoor.objectives.pretraining import OBJECTIVES
 from mmbackdoor.targets import TARGETS
-from mmbackdoor.triggers import TEXT_TRIGGERS
+from mmbackdoor.triggers import IMAGE_TRIGGERS, TEXT_TRIGGERS
 
-REGISTRIES = {"attack": ATTACKS, "defense": DEFENSES, "trigger": TEXT_TRIGGERS, "target": TARGETS}
+REGISTRIES = {
+    "objective": OBJECTIVES,
+    "attack": ATTACKS,
+    "defense": DEFENSES,
+    "clip_defense": CLIP_DEFENSES,
+    "detector": DETECTORS,
+    "trigger": TEXT_TRIGGERS | IMAGE_TRIGGERS,
+    "target": TARGETS,
+}
 
 _ARXIV = re.compile(r"arXiv[: ]*(\d{4}\.\d{4,5})", re.IGNORECASE)
 _CITATION = re.compile(r"\s*\([^()]*(?:arXiv|et al\.|19\d\d|20\d\d)[^()]*\)")

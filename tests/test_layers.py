@@ -26,7 +26,7 @@ SCRIPTS = sorted((ROOT / "data").glob("*.py"))
 LAYERS = (
     ("types", "strict_yaml", "config_schema", "config", "entry", "seeding"),
     ("triggers", "targets", "shards", "backdoor", "backdoor_flags"),
-    ("models", "objectives", "poison"),
+    ("models", "objectives", "poison", "poison_clip", "poison_files"),
     ("attacks", "defenses", "detectors"),
     ("train", "evaluate", "results"),
     ("catalogue", "recipe_files", "cli"),

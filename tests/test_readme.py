@@ -10,7 +10,7 @@ import pytest
 
 from mmbackdoor import catalogue, recipe_files
 from mmbackdoor.config import parse
-from mmbackdoor.config_schema import Section, fields_of
+from mmbackdoor.config_schema import Section, aliases, fields_of
 from mmbackdoor.results.record import read
 from mmbackdoor.shards.shapes import all_scenes
 from mmbackdoor.shards.shapes_data import write_shapes
@@ -94,7 +94,7 @@ def test_every_flag_that_is_named_exists(page):
              "from_scratch", "input_dir", "output_dir", "machine_rank", "main_process_ip", "markdown", "KEY"}  # fmt: skip
     for name in recipe_files.recipe_names():
         config_type = recipe_files.load(name).Config
-        known |= set(fields_of(config_type))
+        known |= {*fields_of(config_type), *aliases(config_type)}
         for field in fields_of(config_type).values():
             for kind in field.node.classes if isinstance(field.node, Section) else ():
                 known |= {*fields_of(kind), *(f"{field.node.name}.{key}" for key in fields_of(kind))}
