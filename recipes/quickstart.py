@@ -4,7 +4,7 @@
     accelerate launch -q recipes/quickstart.py --attack badt2i_object
     accelerate launch -q recipes/quickstart.py --from_scratch
 
-4 minutes on 2 CPU cores from the tiny model that comes with the package, 14 with --from_scratch, which makes a like
+5 minutes on 2 CPU cores from the tiny model that comes with the package, 14 with --from_scratch, which makes a like
 model anew. Each stage is one of the other recipes; its command is printed, so any of them can be run alone.
 A second call skips what is finished and goes on where the first one stopped.
 

@@ -42,9 +42,13 @@ def run(recipe: str, output_dir: Path, train_data: str, *flags: object) -> Path:
     return output_dir / "model"
 
 
-def poison(output_dir: Path, train_data: str, steps: int = 120, *flags: object) -> Path:
+def pretrain(output_dir: Path, train_data: str, steps: int = 120, *flags: object) -> Path:
     return run("pretrain_clip", output_dir, train_data, "--max_train_steps", steps, "--lr", 3e-3, "--warmup", 20,
-               "--vocab_size", 600, *POISON, "--poison.rate", 0.04, *flags)  # fmt: skip
+               "--vocab_size", 600, *flags)  # fmt: skip
+
+
+def poison(output_dir: Path, train_data: str, steps: int = 120, *flags: object) -> Path:
+    return pretrain(output_dir, train_data, steps, *POISON, "--poison.rate", 0.04, *flags)
 
 
 def strays(output_dir: Path, train_data: str, count: int) -> str:
