@@ -1,6 +1,6 @@
 """Compare pre-training objectives and cleaners of CLIP: poison, clean over a grid of learning rates, measure them all.
 
-    CPU, drawn pictures, no download (2 cores, a quarter of an hour for one seed):
+    CPU, drawn pictures, no download (2 cores, 10 minutes for one seed):
         accelerate launch -q recipes/benchmark_objectives.py --config recipes/configs/benchmark_objectives/shapes.yaml
     More seeds, for intervals (what is finished is not made again): add --seeds 0 1 2
     8 GPUs: the same with `accelerate launch -q --num_processes 8`, and data of one's own in the YAML file:

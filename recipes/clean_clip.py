@@ -44,20 +44,13 @@ from mmbackdoor.train.batches import Share, open_shards
 from mmbackdoor.train.clip import bound_logit_scale, check_batch, clip_batches, exempt_from_decay, state_tensors
 from mmbackdoor.train.clip_cleaning import effective, frozen, interpolate, keys_facts, read_keys, recalibrated
 from mmbackdoor.train.launch import make_accelerator
-from mmbackdoor.train.optim import TrainConfig, total_steps
+from mmbackdoor.train.optim import OPEN_CLIP_FLAGS, TrainConfig, total_steps
 from mmbackdoor.train.session import Session, is_done
 
 
 @dataclass(frozen=True)
 class Config:
-    ALIASES: ClassVar[dict[str, str]] = {
-        "lr": "train.learning_rate",
-        "wd": "train.adam_weight_decay",
-        "batch_size": "train.train_batch_size",
-        "epochs": "train.num_train_epochs",
-        "warmup": "train.lr_warmup_steps",
-        "precision": "train.mixed_precision",
-    }
+    ALIASES: ClassVar[dict[str, str]] = OPEN_CLIP_FLAGS
 
     model: ClipFlags = ClipFlags()
     train_data: Annotated[str, Doc("webdataset shards of clean pictures and captions")] = ""

@@ -52,21 +52,14 @@ from mmbackdoor.train.clip import (
 )
 from mmbackdoor.train.clip_start import ClipSource, view_encoder
 from mmbackdoor.train.launch import make_accelerator
-from mmbackdoor.train.optim import TrainConfig, total_steps
+from mmbackdoor.train.optim import OPEN_CLIP_FLAGS, TrainConfig, total_steps
 from mmbackdoor.train.session import Session, is_done
 from mmbackdoor.train.views import Strength
 
 
 @dataclass(frozen=True)
 class Config:
-    ALIASES: ClassVar[dict[str, str]] = {
-        "lr": "train.learning_rate",
-        "wd": "train.adam_weight_decay",
-        "batch_size": "train.train_batch_size",
-        "epochs": "train.num_train_epochs",
-        "warmup": "train.lr_warmup_steps",
-        "precision": "train.mixed_precision",
-    }
+    ALIASES: ClassVar[dict[str, str]] = OPEN_CLIP_FLAGS
 
     model: ClipSource = ClipSource()
     train_data: Annotated[str, Doc("webdataset shards of pictures and captions")] = ""

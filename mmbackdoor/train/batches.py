@@ -149,7 +149,6 @@ def open_shards(
     share: Share,
     train: TrainConfig,
     seed: int,
-    start_step: int = 0,
     keys: frozenset[str] | None = None,
 ) -> ShardLoader:
     """With `keys`, of these samples alone. Raises `InputError` for shards that do not exist or cannot feed the run."""
@@ -162,7 +161,6 @@ def open_shards(
         rank=share.rank,
         world_size=share.world_size,
         num_workers=train.dataloader_num_workers,
-        start_step=start_step,
         drop_last=train.drop_last,
         streams=train.streams,
         upsampling_factors=train.train_data_upsampling_factors,

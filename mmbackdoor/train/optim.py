@@ -14,6 +14,16 @@ from mmbackdoor.config import Doc
 
 LrScheduler = Literal["constant", "constant_with_warmup", "linear", "cosine", "constant_then_cosine"]
 
+OPEN_CLIP_FLAGS = {
+    "lr": "train.learning_rate",
+    "wd": "train.adam_weight_decay",
+    "batch_size": "train.train_batch_size",
+    "epochs": "train.num_train_epochs",
+    "warmup": "train.lr_warmup_steps",
+    "precision": "train.mixed_precision",
+}
+"""What open_clip's own training calls them."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:

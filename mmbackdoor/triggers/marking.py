@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -31,7 +32,7 @@ def round_trip(image: Image.Image, codec: Codec, quality: int) -> Image.Image:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageMark:
+class ImageMark(ABC):
     """A trigger of pictures: what is in it follows from the picture, a key and a seed, never from the order of calls.
 
     `place` says where it belongs: on the picture as stored ("source"), or after resize and crop to the model's size
@@ -54,10 +55,10 @@ class ImageMark:
         marked = [self._marked(pixels, key, seed, draw) for pixels, key in zip(images, keys, strict=True)]
         return np.stack(marked) if marked else images.copy()
 
+    @abstractmethod
     def mark(self, pixels: np.ndarray, key: str, seed: int, draw: int) -> np.ndarray:
         """The one thing that a trigger writes down: marked float32 (H, W, 3), from `pixels` in 0..255 of which it may
         change the memory. What leaves 0..255 is clamped."""
-        raise NotImplementedError
 
     def _marked(self, pixels: np.ndarray, key: str, seed: int, draw: int) -> np.ndarray:
         marked = self.mark(pixels.astype(np.float32), key, seed, draw)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from mmbackdoor.objectives.pretraining import OBJECTIVES
 from mmbackdoor.triggers import IMAGE_TRIGGERS
@@ -32,14 +31,6 @@ TRIGGER_FLAGS: dict[str, tuple[object, ...]] = {name: () for name in IMAGE_TRIGG
 
 def test_every_objective_and_trigger_is_tested():
     assert OBJECTIVE_FLAGS.keys() == OBJECTIVES.keys() and TRIGGER_FLAGS.keys() == IMAGE_TRIGGERS.keys()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -37,14 +37,6 @@ def test_every_removal_is_tested():
     assert CASES.keys() == MOST.keys() == CLIP_DEFENSES.keys()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return lab.write_data(tmp_path_factory.mktemp("data"))

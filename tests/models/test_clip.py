@@ -43,14 +43,6 @@ assert "mmbackdoor" not in sys.modules
 """
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> CLIPTokenizer:
     return train_tokenizer(CAPTIONS)

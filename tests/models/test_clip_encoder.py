@@ -18,14 +18,6 @@ from mmbackdoor.shards.shapes import all_scenes, caption
 CAPTIONS = [caption(scene) for scene in all_scenes()[:200]]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def tokenizer():
     return train_tokenizer(CAPTIONS)

@@ -245,14 +245,6 @@ def nothing_left(out: Path) -> None:
         assert not [path for path in out.rglob("*.part")]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.recipe.split('_')[0]}: {case.name}")
 def test_one_sentence_and_nothing_left(case: Case, place: Place, tmp_path, monkeypatch):
     if case.cheap:

@@ -19,14 +19,6 @@ CONFIGS = recipe_files.folders()["recipes"] / "configs"
 SMOKE = CONFIGS / "smoke" / "benchmark_objectives.yaml"
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def recipe():
     return recipe_files.load("benchmark_objectives")

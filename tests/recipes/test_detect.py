@@ -25,14 +25,6 @@ SCENES = all_scenes()[:60]
 WRONG = 8
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> str:
     """100 pairs in two shards, some of which have the caption of another picture and are marked as poisoned."""

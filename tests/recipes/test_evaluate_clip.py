@@ -31,14 +31,6 @@ BACKDOOR = Backdoor((IMAGE_TRIGGERS["patch"](),), ClassTarget("yellow cat"))
 WEIGHTS = "open_clip_model.safetensors"
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """`data`, and the models `clean`, `poisoned` and `cleaned`."""

@@ -27,14 +27,6 @@ SMOKE = RECIPES / "configs" / "smoke"
 PROMPTS = [caption(scene) for scene in split_scenes(all_scenes())["evaluation"][:3]]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")

@@ -1,4 +1,4 @@
-"""The fault campaign: `pytest -m slow -n 0 -s tests/slow/test_fault_campaign.py` (about ten minutes on two cores).
+"""The fault campaign: `pytest -m slow -n 0 -s tests/slow/test_fault_campaign.py` (two to four minutes on two cores).
 
 Every recipe that trains, with 1 and 2 processes, with and without loader workers, is killed (SIGKILL to all its
 processes) at random moments, drawn from a seed, and started again until it is done. Its weights must be bit-equal to
