@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from mmbackdoor import config_schema, strict_yaml
 from mmbackdoor.config_schema import Doc, Escaped, Leaf, Section, closest, fields_of, short
 from mmbackdoor.types import InputError
 
-__all__ = ["Doc", "Escaped", "config_sha256", "parse", "to_yaml"]
+__all__ = ["Doc", "Escaped", "config_sha256", "from_values", "parse", "to_yaml"]
 
 Config = TypeVar("Config")
 Tree = dict[str, Any]
@@ -78,10 +79,7 @@ def parse(config_type: type[Config], argv: list[str] | None = None, *, doc: str 
             raise InputError(f"{given} is not possible: give --config once, with one YAML file")
         else:
             config_file = Path(given.single)
-    tree: Tree = {}
-    if config_file is not None:
-        for key, value in strict_yaml.read(config_file).items():
-            _insert(tree, [config_type], _route(config_type, key), _Given(key, value, str(config_file)))
+    tree = {} if config_file is None else _tree(config_type, strict_yaml.read(config_file), str(config_file))
     for given in flags:
         path = _route(config_type, given.key)
         if path[0] not in fields_of(config_type) and given.key.startswith(("no_", "no-")) and not given.value:
@@ -90,6 +88,18 @@ def parse(config_type: type[Config], argv: list[str] | None = None, *, doc: str 
                 path, given = switch, dataclasses.replace(given, value=False)
         _insert(tree, [config_type], path, given)
     return _build(config_type, tree, "", None)
+
+
+def from_values(config_type: type[Config], values: Mapping[str, Any], source: str) -> Config:
+    """The settings that plain `values`, as read from the file `source`, give. Raises `InputError` as `parse` does."""
+    return _build(config_type, _tree(config_type, values, source), "", None)
+
+
+def _tree(config_type: type, values: Mapping[str, Any], source: str) -> Tree:
+    tree: Tree = {}
+    for key, value in values.items():
+        _insert(tree, [config_type], _route(config_type, key), _Given(key, value, source))
+    return tree
 
 
 def to_yaml(config: Any) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml
 
 import mmbackdoor
-from mmbackdoor.config import config_sha256, to_yaml
+from mmbackdoor.config import config_sha256, from_values, to_yaml
 from mmbackdoor.results.record import write_text
 from mmbackdoor.types import InputError, RunFault
 
@@ -136,7 +136,16 @@ def _differing(before: dict[str, Any], after: dict[str, Any], but: set[str]) -> 
     return [key for key in sorted(old.keys() | new.keys()) if _last(key) not in but and old.get(key) != new.get(key)]
 
 
-def _refuse_other(folder: Path, recipe: str, config: dict[str, Any]) -> dict[str, Any] | None:
+def completed(config_type: type, values: dict[str, Any], source: str) -> dict[str, Any]:
+    """Settings that an older version wrote into `source`, with the defaults of those that have come since; as they
+    are where they are none of `config_type`."""
+    try:
+        return yaml.safe_load(to_yaml(from_values(config_type, values, source)))
+    except InputError:
+        return values
+
+
+def _refuse_other(folder: Path, recipe: str, cfg: Any, config: dict[str, Any]) -> dict[str, Any] | None:
     """`run.json` of the same run in `folder`, or `None` for a fresh start; raises `InputError` for another run."""
     if not (folder / FILE_NAME).exists():
         return None
@@ -149,6 +158,7 @@ def _refuse_other(folder: Path, recipe: str, config: dict[str, Any]) -> dict[str
         raise InputError(
             f"--output_dir {str(folder)!r} holds a run of {old.get('recipe')!r}, not of {recipe!r}; choose another one"
         )
+    old["config"] = completed(type(cfg), old["config"], str(folder / FILE_NAME))
     resuming = any(_last(key) == "resume_from_checkpoint" and value for key, value in _flat(config).items())
     but = NEUTRAL | (CONTINUABLE | ORDERING if resuming else set())
     differing = _differing(old["config"], config, but)
@@ -176,6 +186,7 @@ class Run:
     run_id: str
     main: bool
     content: dict[str, Any]
+    config_type: type
     previous: str | None = None
     counters: dict[str, Any] = field(default_factory=dict)
     _began: float = field(default_factory=time.monotonic)
@@ -194,8 +205,8 @@ class Run:
             main, world_size, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device.type
         if any(_last(key) == "dry_run" and value for key, value in _flat(config).items()):
             content = {"schema": SCHEMA, "recipe": recipe, "status": "dry run", "config": config, "resumed": []}
-            return Run(folder, "dry run", False, content)
-        old = _refuse_other(folder, recipe, config)
+            return Run(folder, "dry run", False, content, type(cfg))
+        old = _refuse_other(folder, recipe, cfg, config)
         if accelerator is not None:
             # Nobody may write before everybody has read: all must come to the same decision.
             accelerator.wait_for_everyone()
@@ -203,7 +214,7 @@ class Run:
             # What it says about itself stays: this call makes nothing.
             if main:
                 print(f"{str(folder)!r} was finished before: nothing to do", flush=True)
-            return Run(folder, old["run_id"], main, old, "finished")
+            return Run(folder, old["run_id"], main, old, type(cfg), "finished")
         digest = config_sha256(cfg)
         content = {
             "schema": SCHEMA,
@@ -225,7 +236,7 @@ class Run:
             "counters": {},
             "error": None,
         }
-        run = Run(folder, content["run_id"], main, content, old.get("status") if old else None)
+        run = Run(folder, content["run_id"], main, content, type(cfg), old.get("status") if old else None)
         if main:
             write_text(folder / "config.yaml", text)
             run._save()

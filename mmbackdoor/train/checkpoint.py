@@ -46,11 +46,6 @@ def deciding(values: Any) -> Any:
     return {key: deciding(value) for key, value in values.items() if key not in NEUTRAL | CONTINUABLE | ORDERING}
 
 
-def digest(config: Mapping[str, Any]) -> str:
-    """Hash of what decides the outcome of `config`."""
-    return _sha256(deciding(config))
-
-
 def _sha256(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -135,7 +130,6 @@ def save(
     step: int,
     parameters: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
-    config_sha256: str,
     ema: Ema | None = None,
     total_limit: int | None = None,
     facts: Mapping[str, Any] | None = None,
@@ -153,7 +147,6 @@ def save(
         state = {
             "schema": SCHEMA,
             "step": step,
-            "config_sha256": config_sha256,
             "optimizer_counters": _counters(parameters, optimizer),
             "files": files,
             **(facts or {}),
@@ -231,20 +224,15 @@ def restore(
     checkpoint: Checkpoint,
     parameters: Mapping[str, torch.Tensor],
     optimizer: torch.optim.Optimizer,
-    config_sha256: str,
     ema: Ema | None = None,
 ) -> int:
     """Put a checkpoint into live parameters, optimiser and moving average; returns the number of steps done.
 
-    Raises `InputError` where the checkpoint belongs to another configuration or to other tensors.
+    Raises `InputError` where the checkpoint holds other tensors. Whether it is of the same configuration is for the
+    caller to compare.
     """
     folder = checkpoint.folder
     state = read_state(folder)
-    if state["config_sha256"] != config_sha256:
-        raise InputError(
-            f"checkpoint {str(folder)!r} was written with another configuration; "
-            "resume with the configuration in the run's config.yaml, or take another --output_dir"
-        )
     trained = _tensors(folder / "trained.safetensors")
     _check_shapes(folder, trained, parameters)
     values: dict[str, dict[str, torch.Tensor]] = {name: {} for name in parameters}

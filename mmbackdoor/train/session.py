@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from mmbackdoor.entry import Terminated, graceful, terminated
-from mmbackdoor.results.run import Run, config_change
+from mmbackdoor.results.run import Run, completed, config_change
 from mmbackdoor.shards.bad import BadSamples
 from mmbackdoor.shards.order import order_change
 from mmbackdoor.train import checkpoint, plan
@@ -75,7 +75,6 @@ class Session:
         self.accelerator, self.train, self.run = accelerator, train, run
         self.output_dir, self.steps, self.data = run.folder, steps, data
         self.config = checkpoint.deciding(run.content["config"])
-        self.config_sha256 = checkpoint.digest(run.content["config"])
         self.problems = BadSamples()
         self._held, self._contrastive = held or {}, contrastive
         found = None
@@ -101,7 +100,8 @@ class Session:
 
     def _resume(self, found: checkpoint.Checkpoint) -> None:
         state = checkpoint.read_state(found.folder)
-        if change := config_change(state.get("config", {}), self.config):
+        saved = completed(self.run.config_type, state.get("config", {}), str(found.folder / checkpoint.STATE))
+        if change := config_change(checkpoint.deciding(saved), self.config):
             raise InputError(
                 f"checkpoint {str(found.folder)!r} was written with another configuration ({change}); resume with the "
                 "configuration in the run's config.yaml, or take another --output_dir"
@@ -112,7 +112,7 @@ class Session:
                 f"checkpoint {str(found.folder)!r} cannot be gone on from exactly: {change}. Give back what it was, or "
                 "--resume_inexact to go on at its step all the same"
             )
-        self.start_step = checkpoint.restore(found, self.parameters, self.optimizer, self.config_sha256, self.ema)
+        self.start_step = checkpoint.restore(found, self.parameters, self.optimizer, self.ema)
         try:
             self.problems.add_state(state["bad_samples"])
             if self.accelerator.scaler is not None and state["scaler"]:
@@ -170,7 +170,6 @@ class Session:
                 step,
                 self.parameters,
                 self.optimizer,
-                self.config_sha256,
                 self.ema,
                 self.train.checkpoints_total_limit,
                 {

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, make_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -156,3 +156,12 @@ def test_starting_imports_nothing_heavy() -> None:
     code = f"import sys, mmbackdoor.results.run; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_run_of_before_a_setting_existed_is_the_same_run(tmp_path: Path) -> None:
+    used(tmp_path, Config())
+    settings = [("train", Train, field(default_factory=Train)), ("output_dir", str, "runs/x"), ("seed", int, 0)]
+    later = make_dataclass("Config", [*settings, ("milestones", int, 4)], frozen=True)
+    assert start(tmp_path, later()).previous == "finished"
+    with pytest.raises(InputError, match="milestones was 4 and is 5"):
+        start(tmp_path, later(milestones=5))

@@ -223,10 +223,10 @@ def test_a_checkpoint_brings_moments_and_statistics_back_to_their_tensors(shards
     batches = _batches(shards, model)
     first, second = next(batches), next(batches)
     step(model, optimizer, first)
-    saved = checkpoint.save(tmp_path, 1, state, optimizer, "x")
+    saved = checkpoint.save(tmp_path, 1, state, optimizer)
     step(model, optimizer, second)
     other, other_state, other_optimizer = make()
-    assert checkpoint.restore(saved, other_state, other_optimizer, "x") == 1
+    assert checkpoint.restore(saved, other_state, other_optimizer) == 1
     exempt_from_decay(other_optimizer)
     step(other, other_optimizer, second)
     for name, tensor in state.items():

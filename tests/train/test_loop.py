@@ -42,7 +42,14 @@ def batches(start, accumulation=1, poison_step=None):
         step += 1
 
 
-def session(folder, steps=12, digest="same", data=None, **train):
+@dataclass(frozen=True)
+class Settings:
+    """Those of the run that the fake log below stands for."""
+
+    name: str = "same"
+
+
+def session(folder, steps=12, name="same", data=None, **train):
     torch.manual_seed(0)
     module = torch.nn.Linear(4, 1)
     parameters = dict(module.named_parameters())
@@ -50,7 +57,8 @@ def session(folder, steps=12, digest="same", data=None, **train):
     resumed = []
     log = SimpleNamespace(
         folder=folder,
-        content={"config": {"name": digest}},
+        content={"config": {"name": name}},
+        config_type=Settings,
         counters={},
         resumed=resumed,
         resume=lambda step, inexact: resumed.append((step, inexact)),
@@ -124,7 +132,7 @@ def test_resume_refuses_what_does_not_fit(tmp_path):
     assert session(tmp_path / "none", resume_from_checkpoint="auto")[0].start_step == 0
     finished(tmp_path / "run", stop_after=5)
     with pytest.raises(InputError, match="another configuration.*name was 'same' and is 'other'"):
-        session(tmp_path / "run", digest="other", resume_from_checkpoint="latest")
+        session(tmp_path / "run", name="other", resume_from_checkpoint="latest")
     state = tmp_path / "run/checkpoint-4/state.json"
     state.write_text("{")
     with pytest.raises(InputError, match="all 1 checkpoints.*are damaged"):
@@ -162,11 +170,11 @@ def test_a_resumed_run_may_be_started_with_other_flags_than_those_that_decide(tm
     """Where to write, how to resume and how long: a checkpoint of the same settings else is taken, others are not."""
     config = {"seed": 0, "output_dir": "a", "train": {"train_batch_size": 4, "max_train_steps": 9}}
     longer = {"seed": 0, "output_dir": "b", "train": {"train_batch_size": 4, "resume_from_checkpoint": "latest"}}
-    assert checkpoint.digest(config) == checkpoint.digest(longer)
+    assert checkpoint.deciding(config) == checkpoint.deciding(longer)
     # How many samples a batch has is part of the order of the data, which a checkpoint holds itself.
-    assert checkpoint.digest(config) == checkpoint.digest(config | {"train": {"train_batch_size": 8}})
+    assert checkpoint.deciding(config) == checkpoint.deciding(config | {"train": {"train_batch_size": 8}})
     for other in (config | {"seed": 1}, config | {"train": {"adam_beta1": 0.5, "max_train_steps": 9}}):
-        assert checkpoint.digest(config) != checkpoint.digest(other)
+        assert checkpoint.deciding(config) != checkpoint.deciding(other)
 
 
 @pytest.mark.parametrize(
