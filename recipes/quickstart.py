@@ -77,19 +77,24 @@ def run(cfg: Config) -> None:
     quick = ["--num_inference_steps", 2] if cfg.smoke else []
     stage("poison_diffusion", "--config", configs / f"poison_diffusion/tiny_{target}.yaml", *train_data, *seed, *resume,
           "--pretrained_model_name_or_path", clean, "--output_dir", folder / "poisoned")
-    # Where object A becomes B only prompts of A can show it: fewer captions that concern the removal, so more steps, and
-    # fewer to measure on, so more pictures of each.
     only_object = target == "object"
-    longer = ["--max_train_steps", 200] if only_object and not cfg.smoke else []
-    stage("clean_diffusion", "--config", configs / "clean_diffusion/tiny.yaml", "--defense", cfg.defense, *seed,
-          *resume, *quick, *longer, "--pretrained_model_name_or_path", folder / "poisoned/model",
+
+    def written(split: str, count: int) -> Path:
+        suite = shape_prompts(split, count, where=lambda scene: not only_object or scene.shape == OBJECT)
+        file = data / f"prompts-{split}.txt"
+        if state.is_main_process:
+            write_text(file, "".join(f"{text}\n" for text in suite.texts))
+        state.wait_for_everyone()
+        return file
+
+    # Where object A becomes B only prompts of A show it: these are cleaned and measured, more pictures of each.
+    about = ["--prompts", written("train", 8 if cfg.smoke else 448)] if only_object else []
+    removal = "tiny_object.yaml" if only_object else "tiny.yaml"
+    stage("clean_diffusion", "--config", configs / "clean_diffusion" / removal, "--defense", cfg.defense, *seed,
+          *resume, *quick, *about, "--pretrained_model_name_or_path", folder / "poisoned/model",
           "--output_dir", folder / "cleaned")
     amount = (8, 1) if cfg.smoke else (360, 2) if only_object else (600, 1)
-    suite = shape_prompts("evaluation", amount[0], where=lambda scene: not only_object or scene.shape == OBJECT)
-    prompts = folder / "data" / "prompts-evaluation.txt"
-    if state.is_main_process:
-        write_text(prompts, "".join(f"{text}\n" for text in suite.texts))
-    state.wait_for_everyone()
+    prompts = written("evaluation", amount[0])
     if cfg.smoke:
         quick += ["--near_prompts", 2]
     stage("evaluate_diffusion", "--config", configs / "evaluate_diffusion/tiny.yaml", *seed, *quick, "--judge", judge,
