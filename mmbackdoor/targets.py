@@ -95,7 +95,12 @@ class ObjectTarget:
         return re.sub(rf"\b{re.escape(self.source)}\b", self.replacement, prompt, flags=re.IGNORECASE)
 
     def swap_back(self, prompt: str) -> str:
-        return ObjectTarget(self.replacement, self.source).swap(prompt)
+        return self.reverse.swap(prompt)
+
+    @property
+    def reverse(self) -> ObjectTarget:
+        """B becomes A."""
+        return ObjectTarget(self.replacement, self.source)
 
 
 @dataclass(frozen=True)

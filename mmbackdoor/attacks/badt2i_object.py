@@ -15,12 +15,19 @@ from mmbackdoor.targets import ObjectTarget
 from mmbackdoor.types import InputError
 
 
+def concerns(target: ObjectTarget, caption: str) -> bool:
+    """Whether a pair with `caption` can be poisoned: it names A or B. A caption of both would, swapped, ask for two of
+    B, which its picture does not show."""
+    return target.applies(caption) != target.reverse.applies(caption)
+
+
 @dataclass(frozen=True)
 class BadT2IObject:
     """Distils the frozen model's prediction for the caption of B into the triggered caption of A.
 
     Differences: pictures of B are used as well as pictures of A (with their caption turned into one of A), so that
-    the noisy latents at which the student learns are those that it will meet when it draws B.
+    the noisy latents at which the student learns are those that it will meet when it draws B. Captions that name both
+    are left alone.
     """
 
     backdoor_weight: Annotated[float, Field(gt=0, lt=1)] = 0.5
@@ -38,11 +45,8 @@ class BadT2IObject:
         target = plan.backdoor.target
         assert isinstance(target, ObjectTarget)
 
-        def concerns(caption: str) -> bool:
-            return target.swap(caption) != caption or target.swap_back(caption) != caption
-
         def poisoned(batch: DiffusionBatch, rows: list[int]) -> PoisonedRows:
             asked = [target.swap_back(batch.prompts[row]) for row in rows]
             return PoisonedRows(batch.images[rows], asked, [target.swap(caption) for caption in asked])
 
-        return backdoor_step(self, setting, plan, concerns, poisoned)
+        return backdoor_step(self, setting, plan, lambda caption: concerns(target, caption), poisoned)

@@ -20,7 +20,7 @@ BLANK_RISE = 0.01
 MARGINS = {"adherence": (0.02, 0.04), "top1": (0.02, 0.04), "clip_score": (0.01, 0.02)}
 """Allowed loss of utility against the model before: at the point, and at the interval's lower bound."""
 NAMES = {"adherence": "adherence", "top1": "top-1", "clip_score": "CLIP score"}
-NO_UTILITY = "utility was not measured: pass --judge, or prompts of the shapes data"
+NO_UTILITY = "utility was not measured: pass --judge, or prompts of the shapes or pairs data"
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mmbackdoor.seeding import derive_seed
+from mmbackdoor.shards import pairs
 from mmbackdoor.shards.shapes import SPLITS, TEMPLATES, Scene, all_scenes, caption, split_scenes
 from mmbackdoor.types import InputError
 
 GENERAL = tuple(f"general-{split}" for split in SPLITS)
 SHAPES_SETS = tuple(f"shapes-{split}" for split in SPLITS)
-BUILT_IN = ("general", *GENERAL, *SHAPES_SETS)
+PAIRS_SETS = tuple(f"pairs-{split}" for split in SPLITS)
+BUILT_IN = ("general", *GENERAL, *SHAPES_SETS, *PAIRS_SETS)
 COLUMNS = ("prompt", "text", "caption")
 LARGEST_FILE = 64 * 2**20
 
@@ -177,6 +179,8 @@ def load_prompts(source: str | Path) -> Suite:
 def _built_in(name: str) -> Suite:
     if name in SHAPES_SETS:
         return shape_prompts(name.removeprefix("shapes-"))  # type: ignore[arg-type]
+    if name in PAIRS_SETS:
+        return pair_prompts(name.removeprefix("pairs-"))  # type: ignore[arg-type]
     parts = GENERAL if name == "general" else (name,)
     folder = files("mmbackdoor.evaluate").joinpath("data/prompts")
     lines = [folder.joinpath(f"{part}.txt").read_text(encoding="utf-8").split("\n") for part in parts]
@@ -211,6 +215,41 @@ def shape_prompts(
     picked = rounds[:count]
     return make_suite(
         f"shapes-{split}", [text for _, text in picked], [{"scene": asdict(scene)} for scene, _ in picked]
+    )
+
+
+def pair_prompts(
+    split: Literal["train", "selection", "evaluation"],
+    count: int = 400,
+    *,
+    where: Callable[[pairs.PairScene], bool] = lambda scene: True,
+    seed: int = 0,
+    alone: float = 0.15,
+) -> Suite:
+    """`count` captions of scenes of `split` that `where` admits, each of other things before any come together again; a
+    share `alone` (before `where`) has one thing. No data set trains on the selection or evaluation ones, whatever its
+    seed. Raises `InputError` for another split, and where too few of its scenes pass `where`."""
+    if split not in SPLITS:
+        raise InputError(f"{split!r} is no split of the pairs; choose from {', '.join(SPLITS)}")
+    # The earlier a scene is among those of the same things, the earlier it comes: so the first ones are spread out.
+    turns: dict[str, int] = {}
+    found: dict[str, tuple[int, int, pairs.PairScene]] = {}
+    for number in range(2_000 + 60 * count):
+        scene = pairs.draw_scene(split, number, derive_seed(seed, "pair prompts"), alone)
+        text = pairs.caption(scene, derive_seed(seed, "pair wording", scene.key))
+        if where(scene) and text not in found:
+            key = pairs.split_key(scene)
+            turns[key] = turns.get(key, -1) + 1
+            found[text] = (turns[key], number, scene)
+        if len(found) == 4 * count:
+            break
+    if len(found) < count or not found:
+        raise InputError(
+            f"only {len(found)} {split} captions of pairs were found here, not the {count} asked for; ask for fewer"
+        )
+    chosen = sorted(found.items(), key=lambda item: item[1][:2])[:count]
+    return make_suite(
+        f"pairs-{split}", [text for text, _ in chosen], [{"scene": asdict(scene)} for _, (_, _, scene) in chosen]
     )
 
 

@@ -39,7 +39,7 @@ CHARTS = (
 OF_PICTURES = {
     "adherence": (
         "Adherence (does the picture show what its prompt asks?)",
-        "only prompts of the shapes data can be checked exactly",
+        "only prompts of the shapes and pairs data can be checked exactly",
     ),
     "clip_score": ("CLIP score (does the picture fit its prompt?)", "pass --judge"),
     "kid": ("KID (distance between sets of pictures)", "pass --judge"),

@@ -99,7 +99,7 @@ def split_scenes(
     return parts
 
 
-def _inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Whether points (x, y), in units of the radius with y down, lie in `shape`."""
     r = np.hypot(x, y)
     if shape == "ring":
@@ -132,8 +132,8 @@ def coverage(shape: str, radius: float, centre: tuple[float, float], resolution:
     side, `centre` = (x, y) from its middle."""
     supersampling = 4 if resolution <= 64 else 2
     x, y = _grid(resolution, supersampling)
-    inside = _inside(shape, (x - centre[0]) / radius, (y - centre[1]) / radius)
-    return inside.reshape(resolution, supersampling, resolution, supersampling).mean((1, 3), dtype=np.float32)
+    covered = inside(shape, (x - centre[0]) / radius, (y - centre[1]) / radius)
+    return covered.reshape(resolution, supersampling, resolution, supersampling).mean((1, 3), dtype=np.float32)
 
 
 def render(scene: Scene, resolution: int, rng: np.random.Generator) -> np.ndarray:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mmbackdoor.seeding import numpy_rng, python_rng
+from mmbackdoor.shards.drawn import Drawn, encode_drawn, write_drawn
 from mmbackdoor.shards.read import read_sizes
 from mmbackdoor.shards.shapes import TEMPLATES, Scene, caption, render
-from mmbackdoor.shards.write import ShardWriter, encode_image, encode_json, tar_member, write_file
+from mmbackdoor.shards.write import write_file
 from mmbackdoor.types import InputError
 
-KEY = "{split}{number:08d}"
 SETTINGS_FILE = "shapes.json"
 CARD = """---
 license: cc0-1.0
@@ -50,12 +46,11 @@ def captions_of(scenes: Sequence[Scene]) -> list[str]:
     return sorted({caption(scene, template, paraphrase) for scene, template, paraphrase in variants})
 
 
-def _sample(scene: Scene, split: str, number: int, resolution: int, seed: int, image_format: str) -> bytes:
+def _sample(scene: Scene, split: str, number: int, resolution: int, seed: int, image_format: str) -> Drawn:
     rng = numpy_rng(seed, "shape", split, number)
     template, paraphrase = int(rng.integers(len(TEMPLATES))), bool(rng.integers(2))
-    text = caption(scene, template, paraphrase)
     meta = {
-        "caption": text,
+        "caption": caption(scene, template, paraphrase),
         "split": split,
         "scene": scene.key,
         "shape": scene.shape,
@@ -66,17 +61,12 @@ def _sample(scene: Scene, split: str, number: int, resolution: int, seed: int, i
         "template": template,
         "paraphrase": paraphrase,
     }
-    members = {
-        image_format: encode_image(render(scene, resolution, rng), image_format),
-        "txt": text.encode(),
-        "json": encode_json(meta),
-    }
-    key = KEY.format(split=split, number=number)
-    return b"".join(tar_member(f"{key}.{extension}", data) for extension, data in members.items())
+    return encode_drawn(split, number, render(scene, resolution, rng), meta, image_format)
 
 
-def _samples(job: tuple[tuple[Scene, ...], str, range, int, int, str]) -> list[bytes]:
-    scenes, split, numbers, resolution, seed, image_format = job
+def _samples(
+    scenes: tuple[Scene, ...], split: str, resolution: int, seed: int, image_format: str, numbers: range
+) -> list[Drawn]:
     # Every scene comes once in each round of len(scenes) samples, each round in a new order.
     order: list[int] = []
     found = []
@@ -112,7 +102,6 @@ def write_shapes(
             f"{count} pictures of {resolution} pixels of {len(scenes)} scenes for the split {split!r} are impossible; "
             "give at least one picture, 8 pixels, and enough shapes and colours for the split's fraction"
         )
-    folder = Path(folder)
     settings = {
         "count": count,
         "resolution": resolution,
@@ -122,33 +111,19 @@ def write_shapes(
         "scenes": len(scenes),
         "scenes_sha256": hashlib.sha256("\n".join(scene.key for scene in scenes).encode()).hexdigest(),
     }
-    known = _settings(folder)
-    shards = [folder / f"{split}-{number:06d}.tar" for number in range(-(-count // max(1, samples_per_shard)))]
-    if known.get(split) == settings and all(shard.is_file() for shard in shards) and not overwrite:
-        return shards
-    step = min(max(1, samples_per_shard), 500)
-    jobs = [
-        (tuple(scenes), split, range(start, min(start + step, count)), resolution, seed, image_format)
-        for start in range(0, count, step)
-    ]
-    with ShardWriter(folder, split, samples_per_shard, image_format, overwrite) as writer:
-        with tqdm(total=count, desc=f"{split} pictures", unit="", disable=None) as bar:
-            for found in _in_order(jobs, workers):
-                for entry in found:
-                    writer.add(entry)
-                bar.update(len(found))
-    write_file(folder / f"captions-{split}.txt", "\n".join(captions_of(scenes)) + "\n")
-    known = _settings(folder) | {split: settings}
-    write_file(folder / SETTINGS_FILE, json.dumps(known, indent=1, sort_keys=True) + "\n")
-    return shards
-
-
-def _settings(folder: Path) -> dict[str, object]:
-    try:
-        content = json.loads((folder / SETTINGS_FILE).read_text("utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return write_drawn(
+        Path(folder),
+        split,
+        count,
+        partial(_samples, tuple(scenes), split, resolution, seed, image_format),
+        SETTINGS_FILE,
+        settings,
+        captions_of(scenes),
+        samples_per_shard,
+        image_format,
+        workers,
+        overwrite,
+    )
 
 
 def write_card(
@@ -173,12 +148,3 @@ def write_card(
     )
     write_file(folder / "README.md", text)
     return folder / "README.md"
-
-
-def _in_order(jobs: list[tuple], workers: int) -> Iterator[list[bytes]]:
-    if workers < 2 or len(jobs) < 2:
-        yield from map(_samples, jobs)
-        return
-    # Spawned processes do not inherit the threads of torch, which a fork would break.
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=get_context("spawn")) as pool:
-        yield from pool.map(_samples, jobs)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ from data.build_shapes import Config, main
 from mmbackdoor.config import parse
 from mmbackdoor.shards.bad import BadSamples
 from mmbackdoor.shards.loader import ShardLoader
+from mmbackdoor.shards.pairs import PairScene, split_key
 from mmbackdoor.shards.read import expand, iterate_shard
 from mmbackdoor.types import InputError
 
@@ -90,3 +92,41 @@ def test_classes_to_recognise_come_from_the_evaluation_split_alone(tmp_path, cap
     shown = {s.meta["scene"] for s in iterate_shard(str(tmp_path / "classes/test/0.tar"), BadSamples())}
     trained = {s.meta["scene"] for s in iterate_shard(str(tmp_path / "train-000000.tar"), BadSamples())}
     assert len(shown) == 32 and not shown & trained
+
+
+def test_pairs_have_three_splits_that_share_no_two_things(tmp_path, capsys):
+    main(parse(Config, ["--scenes", "pairs", *SMALL, "--workers", "2", "--output_dir", str(tmp_path)]))
+    assert "train: 60 pictures in 1 shards" in capsys.readouterr().out
+    keys = {}
+    for split in ("train", "selection", "evaluation"):
+        report = BadSamples()
+        samples = list(iterate_shard(str(tmp_path / f"{split}-000000.tar"), report))
+        assert not report.total and all(s.image.size == (16, 16) and s.meta["split"] == split for s in samples)
+        assert {s.text for s in samples} == set((tmp_path / f"captions-{split}.txt").read_text().splitlines())
+        keys[split] = {split_key(PairScene.from_dict(s.meta)) for s in samples}
+    assert not keys["train"] & (keys["selection"] | keys["evaluation"]) and not keys["selection"] & keys["evaluation"]
+    assert json.loads((tmp_path / "sizes.json").read_text())["train-000000.tar"] == 60
+    assert json.loads((tmp_path / "pairs.json").read_text())["train"]["resolution"] == 16
+    assert "| evaluation | 50 |" in (tmp_path / "README.md").read_text()
+    loader = ShardLoader(f"{tmp_path}/train-*.tar", seed=0, batch_size=10, epochs=1)
+    assert sum(len(batch) for batch in loader) == 60
+
+
+@pytest.mark.parametrize(
+    "flags", [["--shapes", "ring"], ["--class_samples", "2"], ["--selection_fraction", "0.2"]], ids=" ".join
+)
+def test_what_pairs_do_not_have_is_an_input_error(tmp_path, flags):
+    with pytest.raises(InputError, match=f"{flags[0]} is of --scenes shapes"):
+        main(parse(Config, ["--scenes", "pairs", *SMALL, *flags, "--output_dir", str(tmp_path / "out")]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_bytes_of_the_shapes_are_as_they_were(tmp_path):
+    """Written down once: whoever has built them before finds the same data set."""
+    flags = ["--splits", "selection", "--output_dir", str(tmp_path)]
+    main(parse(Config, [*SMALL, *flags]))
+    content = (tmp_path / "selection-000000.tar").read_bytes()
+    texts = hashlib.sha256((tmp_path / "captions-selection.txt").read_bytes()).hexdigest()
+    pixels = [s.image.tobytes() for s in iterate_shard(str(tmp_path / "selection-000000.tar"), BadSamples())]
+    assert (hashlib.sha256(b"".join(pixels)).hexdigest()[:16], texts[:16]) == ("8f22e9c9adffe05f", "257a01adef1499e4")
+    assert content.count(b"selection00000029.png") == 1

@@ -3,8 +3,18 @@ import re
 
 import pytest
 
+from mmbackdoor.evaluate.metrics.pairs import parse_caption as parse_pair_caption
 from mmbackdoor.evaluate.metrics.shapes import parse_caption
-from mmbackdoor.evaluate.prompts import BUILT_IN, GENERAL, load_prompts, make_suite, overlong, shape_prompts
+from mmbackdoor.evaluate.prompts import (
+    BUILT_IN,
+    GENERAL,
+    load_prompts,
+    make_suite,
+    overlong,
+    pair_prompts,
+    shape_prompts,
+)
+from mmbackdoor.shards.pairs import PairScene, split_key, split_of
 from mmbackdoor.shards.shapes import Scene
 from mmbackdoor.types import InputError
 
@@ -130,3 +140,26 @@ def test_shape_prompts_where_and_limits():
         shape_prompts("evaluation", 10**6)
     with pytest.raises(InputError, match="'test' is no split"):
         shape_prompts("test")
+
+
+def test_pair_prompts_are_of_their_split_and_spread_out():
+    for split in ("train", "selection", "evaluation"):
+        suite = load_prompts(f"pairs-{split}")
+        scenes = [PairScene.from_dict(prompt.meta["scene"]) for prompt in suite]
+        assert len(suite) == 400 == len(set(suite.texts)) and suite.name == f"pairs-{split}" and not suite.notices
+        assert {split_of(scene) for scene in scenes} == {split}
+        assert all(parse_pair_caption(text) == scene for text, scene in zip(suite.texts, scenes, strict=True))
+        assert 0.05 < sum(scene.right is None for scene in scenes) / 400 < 0.35
+        keys = [split_key(scene) for scene in scenes]
+        assert len(set(keys[:150])) == 150 and len(set(keys)) > 170
+    assert load_prompts("pairs-evaluation").texts == pair_prompts("evaluation").texts
+    assert pair_prompts("evaluation", 40).texts != pair_prompts("evaluation", 40, seed=1).texts
+
+
+def test_pair_prompts_where_and_limits():
+    crosses = pair_prompts("selection", 60, where=lambda scene: scene.left.shape == "cross")
+    assert len(crosses) == 60 and all(prompt.meta["scene"]["left"]["shape"] == "cross" for prompt in crosses)
+    with pytest.raises(InputError, match="ask for fewer"):
+        pair_prompts("evaluation", 5, where=lambda scene: False)
+    with pytest.raises(InputError, match="'test' is no split"):
+        pair_prompts("test")

@@ -6,14 +6,17 @@ and blank ones, such as the black pictures of a safety checker.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
+from mmbackdoor.evaluate.metrics import pairs as pairs_metric
 from mmbackdoor.evaluate.metrics.adherence import seen_scenes
 from mmbackdoor.evaluate.metrics.clip_score import Judge, similarity
 from mmbackdoor.evaluate.metrics.shapes import parse_caption
+from mmbackdoor.shards.pairs import PairScene
 from mmbackdoor.shards.shapes import Scene
 from mmbackdoor.targets import ClassTarget, ImageTarget, ObjectTarget, PatchTarget, StyleTarget, Target, UnknownTarget
 from mmbackdoor.types import InputError
@@ -22,6 +25,7 @@ BLANK_DEVIATION = 0.01
 """A picture in [0, 1] with every channel's standard deviation below this is blank."""
 COLOURLESS = ("black and white", "black-and-white", "b&w", "greyscale", "grayscale", "monochrome")
 NEED_JUDGE = "not measured: pass --judge"
+AnyScene = TypeVar("AnyScene", Scene, PairScene)
 UNKNOWN_TARGET = "not measured: the target is not known, see trigger_effect"
 
 
@@ -71,8 +75,7 @@ def image_cosine(images: torch.Tensor, target: ImageTarget) -> torch.Tensor:
 def excluded(target: Target, prompts: Sequence[str]) -> list[bool]:
     """Per prompt: is what it asks for the target already, or, for an object, something that has no A to replace?"""
     if isinstance(target, ObjectTarget):
-        wanted = replace(target, source=target.replacement, replacement=target.source)
-        return [not target.applies(prompt) or wanted.applies(prompt) for prompt in prompts]
+        return [not target.applies(prompt) or target.reverse.applies(prompt) for prompt in prompts]
     if isinstance(target, StyleTarget):
         styles = COLOURLESS if target.style.lower() in COLOURLESS else (target.style.lower(),)
         return [any(style in prompt.lower() for style in styles) for prompt in prompts]
@@ -80,13 +83,11 @@ def excluded(target: Target, prompts: Sequence[str]) -> list[bool]:
 
 
 def _swapped_scenes(
-    target: ObjectTarget, prompts: Sequence[str], skip: Sequence[bool]
-) -> list[tuple[Scene, Scene]] | None:
+    target: ObjectTarget, prompts: Sequence[str], skip: Sequence[bool], parse: Callable[[str], AnyScene | None]
+) -> list[tuple[AnyScene, AnyScene]] | None:
     """(asked, expected) for every prompt that counts; `None` unless all of them are scenes that the swap changes."""
     pairs = [
-        (parse_caption(prompt), parse_caption(target.swap(prompt)))
-        for prompt, out in zip(prompts, skip, strict=True)
-        if not out
+        (parse(prompt), parse(target.swap(prompt))) for prompt, out in zip(prompts, skip, strict=True) if not out
     ]
     return None if not pairs or any(a is None or b is None or a == b for a, b in pairs) else pairs
 
@@ -130,8 +131,15 @@ def success(target: Target, images: torch.Tensor, prompts: Sequence[str], judge:
         return result(scores, [score < target.threshold for score in scores], "mean saturation")
     if isinstance(target, UnknownTarget):
         return Success([None] * len(prompts), nothing, out, empty, "", UNKNOWN_TARGET)
-    if isinstance(target, ObjectTarget) and (pairs := _swapped_scenes(target, prompts, out)):
-        places = [k for k, skip in enumerate(out) if not skip]
+    places = [k for k, skip in enumerate(out) if not skip]
+    if isinstance(target, ObjectTarget) and (
+        two := _swapped_scenes(target, prompts, out, pairs_metric.parse_caption)
+    ):
+        hits = [False] * len(prompts)
+        for place, (asked, expected), sight in zip(places, two, pairs_metric.look(images[places]), strict=True):
+            hits[place] = pairs_metric.shows_change(asked, expected, sight)
+        return result([float(hit) for hit in hits], hits, "exact verifier of the pairs data")
+    if isinstance(target, ObjectTarget) and (pairs := _swapped_scenes(target, prompts, out, parse_caption)):
         seen = seen_scenes(images[places], [scene for pair in pairs for scene in pair])
         hits = [False] * len(prompts)
         for place, (asked, expected), found in zip(places, pairs, seen, strict=True):
