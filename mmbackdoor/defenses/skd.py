@@ -90,9 +90,11 @@ def draw_inputs(defense: Distillation, setting: DiffusionSetting, backdoor: Back
 
 @dataclass(frozen=True)
 class Forward:
-    """The outcome of one distillation forward: the losses, and what an attention term needs besides."""
+    """The outcome of one distillation forward: the losses, and what an attention term needs besides.
+    `prediction_errors` (B,) are the triggered samples', without gradient."""
 
     losses: dict[str, torch.Tensor]
+    prediction_errors: torch.Tensor
     triggered: list[str]
     timesteps: torch.Tensor
     latents: torch.Tensor
@@ -129,7 +131,8 @@ def distillation_forward(
             repeat = 2
         with recorded(setting) as student_maps:
             student = setting.predict(torch.cat([latents] * repeat), torch.cat([timesteps] * repeat), join(rows))
-        prediction_loss = squared_error(student[:size], teacher).mean()
+        errors = squared_error(student[:size], teacher)
+        prediction_loss = errors.mean()
         losses = {"prediction_loss": prediction_loss.detach()}
         loss = defense.prediction_weight * prediction_loss
         if defense.retention_weight:
@@ -138,6 +141,7 @@ def distillation_forward(
             loss = loss + defense.retention_weight * retention_loss
         return Forward(
             losses | {"loss": loss},
+            errors.detach(),
             triggered,
             timesteps,
             latents,

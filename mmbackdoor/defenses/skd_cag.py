@@ -12,9 +12,11 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
+from torch import nn
 
 from mmbackdoor.backdoor import Backdoor
 from mmbackdoor.defenses.skd import SKD, Forward, StepFn, distillation_forward
+from mmbackdoor.models.attention import AttentionRecorder, Part
 from mmbackdoor.models.setting import DiffusionSetting
 from mmbackdoor.objectives.alignment import Alignment, align
 from mmbackdoor.objectives.attention import (
@@ -27,13 +29,14 @@ from mmbackdoor.objectives.attention import (
 )
 from mmbackdoor.objectives.diffusion import DiffusionBatch
 from mmbackdoor.seeding import python_rng, torch_generator
+from mmbackdoor.types import InputError
 
 NEUTRAL_WORDS = ("thing", "item", "stuff", "matter", "object", "piece", "part", "sort", "kind", "form")
 
 
 @dataclass(frozen=True)
 class SKDCAG(SKD):
-    """L = L_skd + w_a * weight(t) * L_attention.
+    """L = L_skd + w_a * weight(t) * L_attention(matched, trigger).
 
     Differences to the released code: its attention loss carries no gradient; ours does. Tokens are matched by
     alignment, probabilities keep their magnitude, the weight over t is bounded, and the teacher of the prediction
@@ -44,10 +47,31 @@ class SKDCAG(SKD):
     trigger_target: TriggerTarget = "zero"
     match: Match = "words"
     distance: Distance = "mse"
+    matched_weight: Annotated[float, Field(ge=0)] = 1.0
     trigger_weight: Annotated[float, Field(ge=0)] = 1.0
-    """Weight of the trigger's maps within the attention term."""
+    """Weights of the caption's and of the trigger's maps within the attention term."""
+    attention_scale: Literal["relative", "prediction"] = "relative"
+    """relative: 1 is an error as large as the teacher's attention. prediction: as large, for each sample, as the root
+    of its prediction's squared error: so the ratio of the two gradients stays, and guidance ends with that error."""
     attention_timesteps: TimestepWeight = "none"
+    attention_begin: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    attention_end: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Only samples with begin <= t / T < end are guided."""
+    attention_part: Part = "all"
+    attention_resolution: Annotated[int, Field(ge=1)] = 32
+    """Layers of more than this squared pixels are not guided."""
     name: Literal["skd_cag"] = "skd_cag"  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.attention_begin >= self.attention_end:
+            raise InputError(
+                f"attention_begin {self.attention_begin} is not below attention_end {self.attention_end}, so no step "
+                "would be guided; give fractions of the noise schedule, for instance 0.5 and 1"
+            )
+
+    def recorder(self, unet: nn.Module) -> AttentionRecorder:
+        """Records what this guides. Raises `InputError` where `unet` has no such layers."""
+        return AttentionRecorder(unet, self.attention_resolution**2, self.attention_part)
 
     def step(self, setting: DiffusionSetting, backdoor: Backdoor) -> StepFn:
         forward = distillation_forward(self, setting, backdoor)
@@ -62,6 +86,8 @@ class SKDCAG(SKD):
                 outcome.timesteps,
                 schedule.num_train_timesteps,
                 self.attention_timesteps,
+                begin=self.attention_begin,
+                end=self.attention_end,
                 alphas_cumprod=schedule.alphas_cumprod,
             )
             attention = attention_guidance(
@@ -71,8 +97,10 @@ class SKDCAG(SKD):
                 trigger_target=self.trigger_target,
                 match=self.match,
                 distance=self.distance,
+                matched_weight=self.matched_weight,
                 trigger_weight=self.trigger_weight,
                 weights=weights,
+                scale_to=outcome.prediction_errors.sqrt() if self.attention_scale == "prediction" else None,
                 neutral_maps=self._neutral_maps(setting, batch, outcome),
                 generator=torch_generator(setting.seed, "attention target", batch.step, batch.micro),
             )

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,9 @@ from diffusers.models.attention_processor import (
 from torch import Tensor, nn
 
 from mmbackdoor.types import InputError
+
+Part = Literal["all", "down", "mid", "up"]
+"""Which cross-attention layers: those of one part of the UNet, or all."""
 
 # These compute plain softmax attention in different ways; others (IP-Adapter, added keys) compute something else.
 REPLACEABLE = (AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
@@ -46,30 +49,34 @@ class _Recording:
 class AttentionRecorder:
     """Context manager that puts a recording processor on the cross-attention layers of `unet` and takes it off again.
 
-    Layers of more than `max_pixels` pixels are computed by fused attention and never recorded. Raises `InputError`
-    where the model has no cross-attention, or a cross-attention that is more than a softmax (IP-Adapter, fused
-    projections).
+    Layers of more than `max_pixels` pixels are computed by fused attention and never recorded; layers outside `part`
+    keep their own processor. Raises `InputError` where the model or that part of it has no cross-attention, or a
+    cross-attention that is more than a softmax (IP-Adapter, fused projections).
     """
 
-    def __init__(self, unet: nn.Module, max_pixels: int = 1024) -> None:
+    def __init__(self, unet: nn.Module, max_pixels: int = 1024, part: Part = "all") -> None:
         self.max_pixels = max_pixels
         self._unet = unet
-        self._layers = {
+        layers = {
             name: module
             for name, module in unet.named_modules()
             if isinstance(module, Attention) and name.split(".")[-1] == "attn2"
         }
-        if not self._layers:
+        if not layers:
             raise InputError(
                 f"{type(unet).__name__} has no cross-attention layers (attn2), so there are no attention maps "
                 "to guide: use a text-to-image UNet (SD 1.x, 2.x, SDXL), or a method without attention guidance (skd)."
             )
+        self._layers = {name: module for name, module in layers.items() if part in ("all", name.split("_")[0])}
+        if not self._layers:
+            parts = ", ".join(dict.fromkeys(name.split("_")[0] for name in layers))
+            raise InputError(f"this UNet has no cross-attention in its {part!r} blocks; choose all or one of {parts}")
         self._originals: dict[str, object] = {}
         self._recording: _Recording | None = None
 
     @property
     def layers(self) -> tuple[str, ...]:
-        """Names of the cross-attention layers, as in `unet.named_modules()`."""
+        """Names of the cross-attention layers that are recorded, as in `unet.named_modules()`."""
         return tuple(self._layers)
 
     def __enter__(self) -> Self:
@@ -141,7 +148,10 @@ class AttentionRecorder:
         recording = self._recording
         if recording is None or not recording.inside_forward:
             return
-        recording.maps[name] = probabilities.mean(1, keepdim=True) if recording.reduce_heads else probabilities
+        if recording.reduce_heads:
+            # `mean` would write out its gradient for every head; that of `sum` is a view.
+            probabilities = probabilities.sum(1, keepdim=True) / probabilities.shape[1]
+        recording.maps[name] = probabilities
 
 
 class _RecordingProcessor:

@@ -21,10 +21,12 @@ from mmbackdoor.objectives.alignment import Alignment
 
 TriggerTarget = Literal["uniform", "zero", "noise", "neutral_words"]
 Match = Literal["words", "renormalised", "all"]
-Distance = Literal["mse", "l1", "kl"]
+Distance = Literal["mse", "l1", "mass", "kl"]
 TimestepWeight = Literal["none", "linear", "inverse", "snr"]
 
 _EPSILON = 1e-6
+_SETTLED = 0.01
+"""A sample's loss below this (an error of a tenth of the teacher's attention) is not scaled up any further."""
 
 
 def attention_guidance(
@@ -35,29 +37,37 @@ def attention_guidance(
     trigger_target: TriggerTarget = "zero",
     match: Match = "words",
     distance: Distance = "mse",
+    matched_weight: float = 1.0,
     trigger_weight: float = 1.0,
     weights: Tensor | None = None,
+    scale_to: Tensor | None = None,
     neutral_maps: Mapping[str, Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
-    """`loss` = matched term + `trigger_weight` * trigger term: means over layers and batch.
+    """`loss` = `matched_weight` * matched term + `trigger_weight` * trigger term: means over layers and batch.
 
     Maps are probabilities (B, heads or 1, HW, T) by layer; the teacher's give no gradient. `alignments` has one entry
     a sample; a sample in which nothing matches counts as 0, the others with their `weights` (B,).
-    `matched_attention_loss` and `trigger_attention_loss` (with its weight) are the two parts and `trigger_mass` the
+    `matched_attention_loss` and `trigger_attention_loss` (with their weights) are the two parts and `trigger_mass` the
     student's mean attention to the whole trigger; these three are detached.
 
     match
         words: the matched columns as they are. renormalised: both sides scaled to sum to 1 over the matched columns.
         all: also EOS and padding; contradicts itself, since inserted tokens push padding out (not recommended).
     distance
-        mse, l1: relative to the teacher's column, at least to the uniform share 1/T. kl: of the matched columns and
-        the rest of the mass, divided by the uniform share of the matched columns.
+        mse, l1: relative to the teacher's column, at least to the uniform share 1/T. mass: mse of a token's mean over
+        heads and pixels: how much attention it gets, not where. kl: of the matched columns and the rest of the mass at
+        each location, divided by the uniform share of the matched columns.
     trigger_target
         zero: the trigger's mass, in units of its uniform share n/T. uniform: an even n/T of the mass that the teacher
         leaves unmatched, a token never more than the teacher's mean caption word. noise: a map drawn once a layer from
         `generator`, of that mass. neutral_words: `neutral_maps` (B or 1, heads or 1, HW, N), the teacher's columns of
         N neutral tokens, in turn.
+    scale_to
+        (B,): each sample's loss is brought to this size, by a factor outside the graph, before `weights` count; a loss
+        below 0.01 as if it were 0.01, so that the gradient ends at the wanted maps. The gradient of a squared error is
+        as large as its root: with the roots of the predictions' errors here, the ratio of the two gradients stays the
+        same while the errors fall.
     """
     _check(student_maps, teacher_maps, alignments)
     if trigger_target == "neutral_words" and neutral_maps is None:
@@ -107,7 +117,10 @@ def attention_guidance(
 
     layers = len(student_maps)
     weights = torch.ones_like(matched_loss) if weights is None else weights.to(matched_loss)
-    matched_part = (weights * matched_loss).mean() / layers
+    if scale_to is not None:
+        own = (matched_weight * matched_loss + trigger_weight * trigger_loss).detach() / layers
+        weights = weights * scale_to.detach().to(own) / own.clamp(min=_SETTLED)
+    matched_part = matched_weight * (weights * matched_loss).mean() / layers
     trigger_part = trigger_weight * (weights * trigger_loss).mean() / layers
     with_trigger = (trigger.count > 0).sum().clamp(min=1)
     return {
@@ -124,25 +137,29 @@ def timestep_weight(
     kind: TimestepWeight,
     *,
     minimum: float = 0.05,
+    begin: float = 0.0,
+    end: float = 1.0,
     alphas_cumprod: Tensor | None = None,
     snr_gamma: float = 5.0,
 ) -> Tensor:
-    """Weights (B,) in [minimum, 1] for timesteps (B,).
+    """Weights (B,) in [minimum, 1] for timesteps (B,) with begin <= t / T < end; 0 for others.
 
     linear: t / T, more for high noise. inverse: 1 / t as in the paper's code, but bounded. snr: min(gamma / SNR, 1),
     which needs `alphas_cumprod` (T,) (Hang et al. 2023).
     """
     fraction = timesteps.to(torch.float32) / num_train_timesteps
     if kind == "none":
-        return torch.ones_like(fraction)
-    if kind == "linear":
-        return fraction.clamp(minimum, 1)
-    if kind == "inverse":
-        return (minimum / fraction.clamp(min=minimum)).clamp(minimum, 1)
-    if alphas_cumprod is None:
+        weights = torch.ones_like(fraction)
+    elif kind == "linear":
+        weights = fraction.clamp(minimum, 1)
+    elif kind == "inverse":
+        weights = (minimum / fraction.clamp(min=minimum)).clamp(minimum, 1)
+    elif alphas_cumprod is None:
         raise ValueError("timestep weight 'snr' needs alphas_cumprod of the noise schedule.")
-    signal = alphas_cumprod.to(fraction.device, torch.float32)[timesteps.long()]
-    return (snr_gamma * (1 - signal) / signal.clamp(min=1e-12)).clamp(minimum, 1)
+    else:
+        signal = alphas_cumprod.to(fraction.device, torch.float32)[timesteps.long()]
+        weights = (snr_gamma * (1 - signal) / signal.clamp(min=1e-12)).clamp(minimum, 1)
+    return weights * ((fraction >= begin) & (fraction < end))
 
 
 @dataclass(frozen=True)
@@ -202,7 +219,9 @@ def _distance(student: Tensor, target: Tensor, mask: Tensor, share: Tensor, dist
         divergence = _divergence(student, target).sum(-1) + _divergence(_rest(student), _rest(target))
         return divergence.mean((1, 2)) / (count * share).clamp(_EPSILON, 1)
     floor = share[:, None].clamp(min=_EPSILON)
-    if distance == "mse":
+    if distance == "mass":
+        student, target = student.mean((1, 2), keepdim=True), target.mean((1, 2), keepdim=True)
+    if distance != "l1":
         error, size = (student - target).square().mean((1, 2)), target.square().mean((1, 2))
         relative = error / torch.maximum(size, floor.square())
     else:

@@ -18,6 +18,7 @@ from mmbackdoor.models.trainable import Teacher, trainable
 from mmbackdoor.objectives.diffusion import DiffusionBatch, draw_noise, draw_timesteps
 from mmbackdoor.targets import UnknownTarget
 from mmbackdoor.triggers import PhraseTrigger, WordTrigger, ZeroWidthTrigger
+from mmbackdoor.types import InputError
 
 PROMPTS = ("a large red cross on a blue background", "a small pink ring on a green background", "a big blue square on a red background")
 BATCH = DiffusionBatch(3, 0, (0, 1, 2), PROMPTS, PROMPTS)
@@ -74,6 +75,70 @@ def test_the_attention_term_alone_has_a_gradient(lab, target):
     moved = {name for name, parameter in parameters.items() if parameter.grad is not None and parameter.grad.abs().max() > 0}
     assert any(".to_k." in name for name in moved) and any(".to_q." in name for name in moved)
     assert losses["trigger_mass"] > 0
+
+
+FORMS = {
+    "default": {},
+    "mass": {"distance": "mass", "attention_part": "up"},
+    "kl": {"distance": "kl", "match": "renormalised", "trigger_target": "uniform", "attention_part": "mid"},
+    "scaled": {"attention_scale": "prediction", "matched_weight": 0.0, "attention_begin": 0.2},
+    "words": {"trigger_target": "neutral_words", "attention_part": "down", "attention_timesteps": "snr"},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradient_checkpointing_changes_neither_losses_nor_gradients(lab, form):
+    model, parameters, setting = lab
+    defense, found = SKDCAG(attention_weight=1.0, **FORMS[form]), []
+    plain = SKD().step(setting, BACKDOOR)(BATCH)
+    model.unet.train()
+    for checkpointing in (False, True):
+        if checkpointing:
+            model.unet.enable_gradient_checkpointing()
+        with defense.recorder(model.unet) as recorder:
+            losses = defense.step(replace(setting, recorder=recorder), BACKDOOR)(BATCH)
+            gradients = torch.autograd.grad(losses["loss"], list(parameters.values()))
+        found.append((losses, gradients))
+    (losses, gradients), (again, same) = found
+    assert losses.keys() == again.keys()
+    for name, value in losses.items():
+        torch.testing.assert_close(value, again[name], rtol=1e-6, atol=0.0)
+    torch.testing.assert_close(same, gradients, rtol=1e-4, atol=1e-8)
+    attention = losses["matched_attention_loss"] + losses["trigger_attention_loss"]
+    assert attention > 0
+    torch.testing.assert_close(losses["loss"].detach() - plain["loss"].detach(), attention, rtol=1e-3, atol=1e-6)
+
+
+def test_scaled_guidance_is_as_large_as_the_root_of_the_prediction_loss(lab):
+    model, _, setting = lab
+    defense = SKDCAG(attention_weight=1.0, attention_scale="prediction", retention_weight=0.0, trigger_variants=False)
+    with defense.recorder(model.unet) as recorder:
+        losses = defense.step(replace(setting, recorder=recorder), BACKDOOR)(replace(BATCH, prompts=PROMPTS[:1], indices=(0,)))
+    parts, root = losses["matched_attention_loss"] + losses["trigger_attention_loss"], losses["prediction_loss"].sqrt()
+    torch.testing.assert_close(parts, root)
+    torch.testing.assert_close(losses["loss"].detach(), losses["prediction_loss"] + root)
+
+
+def test_only_the_timesteps_that_are_asked_for_are_guided(lab):
+    model, _, setting = lab
+    timesteps = draw_timesteps(7, BATCH, 1000, 1.0, model.device) / 1000
+    edge = timesteps.sort().values[1].item()
+    terms = []
+    for begin, end in ((0.0, 1.0), (0.0, edge), (edge, 1.0)):
+        defense = SKDCAG(attention_weight=1.0, attention_begin=begin, attention_end=end)
+        with defense.recorder(model.unet) as recorder:
+            losses = defense.step(replace(setting, recorder=recorder), BACKDOOR)(BATCH)
+        terms.append(losses["matched_attention_loss"] + losses["trigger_attention_loss"])
+    torch.testing.assert_close(terms[0], terms[1] + terms[2])
+    assert 0 < terms[1] < terms[0]
+    with pytest.raises(InputError, match="attention_begin 0.5 is not below attention_end 0.5"):
+        SKDCAG(attention_begin=0.5, attention_end=0.5)
+
+
+def test_layers_are_chosen_by_size(lab):
+    model, _, _ = lab
+    assert SKDCAG().recorder(model.unet).max_pixels == 1024
+    assert SKDCAG(attention_resolution=16).recorder(model.unet).max_pixels == 256
 
 
 def test_without_attention_skd_cag_is_skd(lab):

@@ -109,6 +109,29 @@ def test_large_layers_are_computed_but_not_recorded():
             unet(*inputs())
 
 
+@pytest.mark.parametrize("part, count", [("all", 7), ("down", 2), ("mid", 1), ("up", 4)])
+def test_one_part_of_the_unet_is_recorded_and_the_others_are_left_alone(part, count):
+    unet = tiny_unet()
+    processors = dict(unet.attn_processors)
+    with torch.no_grad():
+        with AttentionRecorder(unet) as recorder, recorder.recording() as everything:
+            plain = unet(*inputs()).sample
+        with AttentionRecorder(unet, part=part) as recorder, recorder.recording() as maps:
+            replaced = {name for name, processor in unet.attn_processors.items() if processor is not processors[name]}
+            output = unet(*inputs()).sample
+    assert replaced == {f"{name}.processor" for name in recorder.layers} and len(recorder.layers) == count
+    assert set(maps) == set(recorder.layers) and all(name.startswith((part, "")[part == "all"]) for name in maps)
+    for name, attention in maps.items():
+        torch.testing.assert_close(attention, everything[name])
+    assert (output - plain).abs().max() <= 1e-5
+
+
+def test_a_part_without_cross_attention_is_refused():
+    unet = tiny_unet(down_block_types=("DownBlock2D", "DownBlock2D"))
+    with pytest.raises(InputError, match="'down' blocks; choose all or one of up, mid"):
+        AttentionRecorder(unet, part="down")
+
+
 def test_gradient_flows_to_queries_and_keys_and_equals_finite_differences():
     unet = tiny_unet().double()
     arguments = inputs(dtype=torch.float64)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -67,7 +68,7 @@ def options(trigger_target: str, seed: int = 5) -> dict:
 
 ALL = list(
     itertools.product(
-        ["uniform", "zero", "noise", "neutral_words"], ["words", "renormalised", "all"], ["mse", "l1", "kl"]
+        ["uniform", "zero", "noise", "neutral_words"], ["words", "renormalised", "all"], ["mse", "l1", "mass", "kl"]
     )
 )
 
@@ -137,6 +138,90 @@ def test_matched_term_by_hand():
     mass = sum(student[name][0][..., list(alignment.trigger)].sum(-1).mean() for name in LAYERS) / len(LAYERS)
     assert outcome["trigger_mass"].item() == pytest.approx(mass.item())
     assert outcome["trigger_attention_loss"].item() == pytest.approx(mass.item() / (2 / TOKENS))
+
+
+@pytest.mark.parametrize("distance", ["mass", "kl"])
+def test_mass_and_kl_by_hand(distance):
+    teacher, student = maps(2, batch=1), maps(3, batch=1)
+    alignment, expected = ALIGNMENTS[0], 0.0
+    for name in LAYERS:
+        wanted = teacher[name][0][..., list(alignment.teacher)].tolist()
+        found = student[name][0][..., list(alignment.student)].tolist()
+        tokens, places = len(alignment.student), [(h, p) for h in range(len(wanted)) for p in range(len(wanted[0]))]
+        if distance == "mass":
+            for n in range(tokens):
+                paid = sum(wanted[h][p][n] for h, p in places) / len(places)
+                error = sum(found[h][p][n] for h, p in places) / len(places) - paid
+                expected += (error / max(paid, 1 / TOKENS)) ** 2 / tokens / len(LAYERS)
+            continue
+        for h, p in places:
+            to, of = ([*row, 1 - sum(row)] for row in (wanted[h][p], found[h][p]))
+            divergence = sum(t * math.log(t / s) for t, s in zip(to, of, strict=True))
+            expected += divergence / (tokens / TOKENS) / len(places) / len(LAYERS)
+    outcome = attention_guidance(student, teacher, [alignment], distance=distance)
+    assert outcome["matched_attention_loss"].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_mass_asks_how_much_attention_a_token_gets_and_not_where():
+    teacher = maps(2)
+    moved = {name: values.flip(2) for name, values in ideal_student(teacher).items()}
+    for distance in ("mass", "mse", "kl"):
+        loss = attention_guidance(moved, teacher, ALIGNMENTS, distance=distance)["matched_attention_loss"].item()
+        assert loss == pytest.approx(0, abs=1e-12) if distance == "mass" else loss > 0.1
+    weaker = ideal_student(teacher)
+    for values in weaker.values():
+        values *= 0.5
+    assert attention_guidance(weaker, teacher, ALIGNMENTS, distance="mass")["matched_attention_loss"] > 0.1
+
+
+def test_the_two_terms_have_a_weight_each():
+    student, teacher = maps(1), maps(2)
+    one = attention_guidance(student, teacher, ALIGNMENTS)
+    for matched, trigger in ((0.0, 2.0), (0.3, 0.0), (0.3, 2.0)):
+        outcome = attention_guidance(student, teacher, ALIGNMENTS, matched_weight=matched, trigger_weight=trigger)
+        expected = matched * one["matched_attention_loss"] + trigger * one["trigger_attention_loss"]
+        assert outcome["loss"].item() == pytest.approx(expected.item())
+
+
+def test_each_sample_is_scaled_outside_the_graph_to_the_size_that_is_asked_for():
+    teacher, scale, weights = maps(2), torch.tensor([0.5, 0.02, 0.1, 9.0]), torch.tensor([1.0, 0.0, 0.3, 1.0])
+    own = torch.tensor(
+        [
+            attention_guidance(
+                {name: values[n : n + 1] for name, values in maps(1).items()},
+                {name: values[n : n + 1] for name, values in teacher.items()},
+                ALIGNMENTS[n : n + 1],
+                trigger_weight=0.7,
+            )["loss"].item()
+            for n in range(4)
+        ],
+        dtype=torch.float64,
+    )
+    gradients = []
+    for given in ({"weights": weights, "scale_to": scale}, {"weights": weights * scale / own.clamp(min=0.01)}):
+        student = {name: values.requires_grad_(True) for name, values in maps(1).items()}
+        outcome = attention_guidance(student, teacher, ALIGNMENTS, trigger_weight=0.7, **given)
+        # the fourth sample has nothing to match
+        assert outcome["loss"].item() == pytest.approx((0.5 + 0.3 * 0.1) / 4)
+        outcome["loss"].backward()
+        gradients.append([values.grad for values in student.values()])
+    for one, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_scaling_ends_where_the_maps_are_as_wanted():
+    """Without a floor the gradient of a scaled loss would grow without bound there."""
+    teacher, gradients = maps(2), []
+    for distance in (0.01, 0.005):
+        student = ideal_student(teacher)
+        for values in student.values():
+            values *= 1 + distance
+            values.requires_grad_(True)
+        outcome = attention_guidance(student, teacher, ALIGNMENTS, trigger_weight=0.0, scale_to=torch.ones(4))
+        assert outcome["loss"] < 0.1
+        outcome["loss"].backward()
+        gradients.append(student["mid"].grad.norm().item())
+    assert gradients[1] == pytest.approx(gradients[0] / 2, rel=1e-2)
 
 
 def test_magnitude_counts_and_not_only_the_shape_of_a_map():
@@ -336,6 +421,15 @@ def test_timestep_weights_are_bounded_and_point_the_right_way(kind):
     steps = weights.diff() if kind in ("linear", "snr") else -weights.diff()
     assert (steps >= 0).all() and steps.max() > 0
     assert weights[500].item() == pytest.approx({"linear": 0.5, "inverse": 0.2, "snr": 1.0}[kind], abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["none", "linear"])
+def test_a_range_of_timesteps_leaves_the_others_out(kind):
+    timesteps = torch.tensor([0, 299, 300, 699, 700, 999])
+    whole = timestep_weight(timesteps, 1000, kind)
+    within = timestep_weight(timesteps, 1000, kind, begin=0.3, end=0.7)
+    assert torch.equal(within, whole * torch.tensor([0, 0, 1, 1, 0, 0]))
+    assert torch.equal(timestep_weight(timesteps, 1000, kind, begin=0.0, end=1.0), whole)
 
 
 def test_snr_weight_needs_the_schedule():
