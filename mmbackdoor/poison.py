@@ -26,6 +26,8 @@ class PoisonPlan:
     count: int | None = None
     seed: int = 0
     label_consistent: bool = False
+    chosen: frozenset[str] | None = None
+    """The keys that a count stands for, see `among`."""
 
     def __post_init__(self) -> None:
         kind = self.backdoor.target.name
@@ -40,7 +42,9 @@ class PoisonPlan:
             raise InputError(f"a poison count of {self.count} is impossible; give 0 or more")
 
     def picks(self, key: str) -> bool:
-        """Whether the sample `key` is poisoned. Needs a `rate`: a count depends on all keys, see `choose`."""
+        """Whether the sample `key` is poisoned. Needs a `rate`, or a choice: a count depends on all keys, see `among`."""
+        if self.chosen is not None:
+            return key in self.chosen
         if self.rate is None:
             raise ValueError("a plan with a count picks among all keys: use choose(keys)")
         return hash_fraction(self.seed, "poison", key) < self.rate
@@ -56,6 +60,10 @@ class PoisonPlan:
         if len(ranked) < self.count:
             raise InputError(f"{self.count} samples to poison are more than the {len(ranked)} there are; take fewer")
         return frozenset(ranked[: self.count])
+
+    def among(self, keys: Iterable[str]) -> PoisonPlan:
+        """The same plan with its choice among `keys` made, so that `picks` answers for a count, too. Raises as `choose`."""
+        return replace(self, chosen=self.choose(keys))
 
     def eligible(self, text: str) -> bool:
         """Whether a sample with the caption `text` may be picked at all."""

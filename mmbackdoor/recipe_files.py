@@ -65,7 +65,11 @@ def validate(name: str, argv: list[str]) -> None:
 
 def flags(settings: Mapping[str, Any]) -> list[str]:
     """`settings` (dotted key -> value) as a command line has them."""
-    return [word for key, value in settings.items() for word in (f"--{key}", "none" if value is None else str(value))]
+    found = []
+    for key, value in settings.items():
+        values = value if isinstance(value, list | tuple) else [value]
+        found += [f"--{key}", *("none" if one is None else str(one) for one in values)]
+    return found
 
 
 def stage(recipe: str, *flags: object) -> None:

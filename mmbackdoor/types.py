@@ -16,6 +16,10 @@ class RunFault(RuntimeError):
     """The run failed through no fault of the input (full disk, non-finite loss, dead worker). Exit code 1."""
 
 
+class Diverged(RunFault):
+    """A loss or pictures that are not finite: what these settings do, where several are compared."""
+
+
 @dataclass(frozen=True)
 class Sample:
     """One entry of a shard, on the CPU. `image` is RGB; `meta` is the entry's JSON (poison facts live there)."""

@@ -1,8 +1,9 @@
 """Remove a backdoor from a text-to-image model whose trigger is known or suspected.
 
 Removals: skd_cag (self-knowledge distillation with cross-attention guidance, Aravindan et al. 2025, arXiv
-2508.18235), skd, finetune, finetune_reversal. Neither pictures nor a clean model are needed: the poisoned model on
-clean prompts is the teacher. Trains on your prompts, or on built-in ones.
+2508.18235), skd, esd, finetune, finetune_reversal; text_encoder_seal, which trains the text encoder alone; and
+closed_form_seal, which trains nothing. Neither pictures nor a clean model are needed: the poisoned model on clean
+prompts is the teacher. Works on your prompts, or on built-in ones.
 
     CPU, the tiny model:
         accelerate launch -q recipes/clean_diffusion.py --config recipes/configs/clean_diffusion/tiny.yaml \\
@@ -13,40 +14,42 @@ clean prompts is the teacher. Trains on your prompts, or on built-in ones.
     8 GPUs: the same with `accelerate launch -q --num_processes 8`.
 
 Writes into output_dir: model/ (the cleaned model in the form that came in, with removal.json and a card), config.yaml,
-run.json, train.jsonl, checkpoint-*/, latents/ (the teacher's pictures, a cache).
+run.json, train.jsonl, checkpoint-*/, latents/ (the teacher's pictures, a cache), milestones/STEP/model/ (--milestones).
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-import torch
 from pydantic import Field
 
 from mmbackdoor.backdoor_flags import BackdoorFlags
 from mmbackdoor.config import Doc
-from mmbackdoor.defenses import SKDCAG, DiffusionDefense, Finetune, FinetuneReversal
+from mmbackdoor.defenses import SKDCAG, ClosedFormSeal, DiffusionDefense, Finetune, FinetuneReversal
 from mmbackdoor.entry import main
 from mmbackdoor.evaluate.generate import Sampling
 from mmbackdoor.evaluate.prompts import load_prompts
-from mmbackdoor.models.attention import AttentionRecorder
 from mmbackdoor.models.diffusion import check_backdoor
 from mmbackdoor.models.diffusion_files import save, trained_tensors
 from mmbackdoor.models.provenance import check_provenance, weight_changes, write_removal
-from mmbackdoor.models.setting import DiffusionSetting
 from mmbackdoor.models.source import DiffusionSource
-from mmbackdoor.models.trainable import Teacher, trainable
 from mmbackdoor.results.cards import write_card
 from mmbackdoor.results.run import Run
 from mmbackdoor.train.batches import Prompts, Share, encoded, image_batches, open_shards, prompt_batches
 from mmbackdoor.train.latents import teacher_latents
 from mmbackdoor.train.launch import make_accelerator
+from mmbackdoor.train.milestones import check_milestones, save_milestone
 from mmbackdoor.train.optim import TrainConfig, total_steps
+from mmbackdoor.train.parts import edit_weights, latents_of, trained_part
 from mmbackdoor.train.session import Session, is_done
 from mmbackdoor.types import InputError
+
+
+Milestone = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,9 @@ class Config:
     defense: Annotated[DiffusionDefense, Field(discriminator="name")] = SKDCAG()
     sampling: Sampling = Sampling(num_inference_steps=25)
     latents_per_prompt: Annotated[int, Field(ge=1), Doc("pictures of the teacher per prompt, for latents 'teacher'")] = 4
+    latents_dir: Annotated[str | None, Doc("where pictures of the teacher are kept; may be shared")] = None
     rank: Annotated[int, Field(ge=1), Doc("rank of the LoRA, for --defense.trainable lora")] = 16
+    milestones: Annotated[tuple[Milestone, ...], Doc("also save the model after these steps")] = ()
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             max_train_steps=1000, train_batch_size=4, learning_rate=2e-5, adam_weight_decay=0.0, lr_scheduler="cosine"
@@ -84,8 +89,11 @@ def run(cfg: Config) -> None:
     suite = load_prompts(cfg.prompts)
     share = Share.of(accelerator, cfg.train)
     data = Prompts(suite.texts, share, cfg.seed)
-    if cfg.defense.latents == "data":
+    if latents_of(cfg.defense) == "data":
         data = open_shards(cfg.train_data, share, cfg.train, cfg.seed)
+    edited = isinstance(cfg.defense, ClosedFormSeal)
+    steps = 0 if edited else total_steps(cfg.train, data.num_samples, share.global_batch_size)
+    check_milestones(cfg.milestones, steps)
     with Run.start(cfg, "clean_diffusion", cfg.output_dir, accelerator) as record:
         if is_done(record, cfg.train):
             return
@@ -94,35 +102,7 @@ def run(cfg: Config) -> None:
         model = cfg.model.load(accelerator.device)
         if backdoor is not None:
             check_backdoor(model, backdoor, suite.texts, cfg.seed)
-        reference = None
-        if isinstance(cfg.defense, FinetuneReversal):
-            reference = cfg.defense.load_reference(model, accelerator.device)
-        latents = None
-        if cfg.defense.latents == "teacher" and cfg.train.dry_run:
-            latents = dict.fromkeys(suite.texts, torch.zeros(1, *model.latent_shape))
-        elif cfg.defense.latents == "teacher":
-            latents = teacher_latents(
-                model, suite.texts, cfg.latents_per_prompt, cfg.sampling, record.folder / "latents", accelerator,
-                4 * share.batch_size,
-            )
-        parameters = trainable(model, cfg.defense.trainable, cfg.rank, cfg.train.gradient_checkpointing)
-        before = {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
-        teacher = reference or Teacher(model, parameters)
-        steps = total_steps(cfg.train, data.num_samples, share.global_batch_size)
-        held = {"text encoder and autoencoder": model.frozen_tensors(), "tensors of the teacher": parameters.values()}
-        session = Session(accelerator, model.unet, parameters, cfg.train, record, steps, data, held)
-        if cfg.defense.latents == "data":
-            batches = image_batches(data, share, model.resolution, accelerator.device, session.start_step)
-            batches = encoded(batches, model)
-        else:
-            batches = prompt_batches(suite.texts, share, cfg.seed, session.start_step, latents)
-        guided = isinstance(cfg.defense, SKDCAG) and cfg.defense.attention_weight > 0
-        with AttentionRecorder(model.unet) if guided else nullcontext() as recorder:
-            setting = DiffusionSetting(model, session.module, teacher, cfg.seed, recorder)
-            for step, metrics in session.training(cfg.defense.step(setting, backdoor), batches):
-                record.log(step, metrics)
-
-        def describe(folder: Path) -> None:
+        def describe(step: int, folder: Path) -> None:
             write_removal(
                 folder,
                 {
@@ -130,8 +110,8 @@ def run(cfg: Config) -> None:
                     "triggers": backdoor.to_dict()["triggers"] if backdoor else [],
                     "parent": cfg.model.path,
                     "parent_sha256": model.sha256,
-                    "steps": steps,
-                    "samples": steps * share.global_batch_size,
+                    "steps": step,
+                    "samples": len(suite) if edited else step * share.global_batch_size,
                     "seed": cfg.seed,
                     "weights": weight_changes(before, trained_tensors(model)),
                 },
@@ -141,8 +121,34 @@ def run(cfg: Config) -> None:
                 backdoor=backdoor.to_dict() if backdoor else None, method=asdict(cfg.defense),
             )
 
+        if edited:
+            before = edit_weights(model, partial(cfg.defense.edit, model, backdoor, suite.texts), record, cfg.train)
+        else:
+            reference, latents = None, None
+            if isinstance(cfg.defense, FinetuneReversal):
+                reference = cfg.defense.load_reference(model, accelerator.device)
+            if latents_of(cfg.defense) == "teacher":
+                latents = teacher_latents(
+                    model, suite.texts, cfg.latents_per_prompt, cfg.sampling,
+                    Path(cfg.latents_dir or record.folder / "latents"), accelerator, 4 * share.batch_size,
+                    cfg.train.dry_run,
+                )
+            part = trained_part(model, cfg.defense, cfg.rank, cfg.train.gradient_checkpointing, cfg.seed, reference)
+            before = part.before
+            session = Session(accelerator, part.module, part.parameters, cfg.train, record, steps, data, part.held)
+            batches = prompt_batches(suite.texts, share, cfg.seed, session.start_step, latents)
+            if latents_of(cfg.defense) == "data":
+                images = image_batches(data, share, model.resolution, accelerator.device, session.start_step)
+                batches = encoded(images, model)
+            guided = isinstance(cfg.defense, SKDCAG) and cfg.defense.attention_weight > 0
+            with cfg.defense.recorder(model.unet) if guided else nullcontext() as recorder:
+                step_fn = cfg.defense.step(part.setting(session.module, recorder), backdoor)
+                for step, metrics in session.training(step_fn, batches):
+                    record.log(step, metrics)
+                    if step in cfg.milestones:
+                        save_milestone(session, model, step, partial(describe, step))
         if accelerator.is_main_process:
-            save(model, record.folder / "model", describe)
+            save(model, record.folder / "model", partial(describe, steps))
         accelerator.wait_for_everyone()
 
 

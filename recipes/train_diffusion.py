@@ -1,9 +1,13 @@
-"""Train a text-to-image model on shards: fine-tune one that you have, or make the tiny one from scratch.
+"""Train a text-to-image model on shards: fine-tune one that you have, or make a tiny or a small one from scratch.
 
     CPU, the tiny model (its text encoder is that of a CLIP made by pretrain_clip):
         python data/build_shapes.py --output_dir shapes
         accelerate launch -q recipes/train_diffusion.py --config recipes/configs/train_diffusion/tiny.yaml \\
             --train_data 'shapes/train-*.tar' --text_encoder runs/clip/model --output_dir runs/clean
+    CPU, the small model (64 px; its autoencoder is made by train_autoencoder):
+        python data/build_shapes.py --resolution 64 --output_dir shapes64
+        accelerate launch -q recipes/train_diffusion.py --config recipes/configs/train_diffusion/small.yaml \\
+            --train_data 'shapes64/train-*.tar' --text_encoder runs/clip/model --autoencoder runs/autoencoder/model
     1 GPU:
         accelerate launch -q recipes/train_diffusion.py --pretrained_model_name_or_path FOLDER \\
             --train_data 'shards-{000000..000099}.tar' --mixed_precision bf16 --use_ema --snr_gamma 5
@@ -23,10 +27,12 @@ from pydantic import Field
 from mmbackdoor.config import Doc
 from mmbackdoor.defenses.finetune import Finetune
 from mmbackdoor.entry import main
+from mmbackdoor.models.autoencoder import load_autoencoder
 from mmbackdoor.models.clip import load_clip
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.diffusion_files import save
 from mmbackdoor.models.setting import DiffusionSetting
+from mmbackdoor.models.small import small_pipeline
 from mmbackdoor.models.source import DiffusionSource, shipped
 from mmbackdoor.models.text_encoder import to_clip_text_model
 from mmbackdoor.models.tiny import tiny_pipeline
@@ -45,8 +51,11 @@ class Config:
     UNDOTTED: ClassVar[tuple[str, ...]] = ("model", "train", "objective")
 
     model: DiffusionSource = DiffusionSource()
-    from_scratch: Annotated[Literal["tiny"] | None, Doc("make this architecture anew instead of loading a model")] = None
+    from_scratch: Annotated[
+        Literal["tiny", "small"] | None, Doc("make this architecture anew instead of loading a model")
+    ] = None
     text_encoder: Annotated[str | None, Doc("folder of an open_clip model whose text tower is used, from scratch")] = None
+    autoencoder: Annotated[str | None, Doc("folder of an AutoencoderKL, or a pipeline's, for the small model")] = None
     train_data: Annotated[str, Doc("webdataset shards of pictures and captions")] = ""
     objective: Finetune = Finetune()
     random_words: Annotated[float, Field(ge=0, le=1), Doc("share of the captions that get random words put in")] = 0.0
@@ -58,13 +67,25 @@ class Config:
 
 def make_model(cfg: Config, device) -> DiffusionModel:
     if cfg.from_scratch is None:
+        if cfg.text_encoder or cfg.autoencoder:
+            raise InputError("--text_encoder and --autoencoder are for new models; give --from_scratch tiny or small")
         return cfg.model.load(device)
     if cfg.text_encoder is None:
         raise InputError("--from_scratch needs the text tower of a CLIP; give --text_encoder FOLDER (see pretrain_clip)")
     if cfg.model.pretrained_model_name_or_path is not None:
         raise InputError("--from_scratch and --pretrained_model_name_or_path are two starts; give one of them")
+    if cfg.from_scratch == "tiny" and cfg.autoencoder is not None:
+        raise InputError("--from_scratch tiny works on pixels; leave --autoencoder out, or make a small one")
+    if cfg.from_scratch == "small" and cfg.autoencoder is None:
+        raise InputError("--from_scratch small needs --autoencoder FOLDER (see train_autoencoder)")
     text_encoder, tokenizer = to_clip_text_model(load_clip(shipped(cfg.text_encoder)))
-    return DiffusionModel(tiny_pipeline(text_encoder, tokenizer, cfg.seed)).to(device)
+    if cfg.autoencoder is None:
+        model = DiffusionModel(tiny_pipeline(text_encoder, tokenizer, cfg.seed))
+    else:
+        model = DiffusionModel(small_pipeline(text_encoder, tokenizer, load_autoencoder(cfg.autoencoder), cfg.seed))
+    if cfg.model.resolution not in (None, model.resolution):
+        raise InputError(f"--resolution {cfg.model.resolution} is not the new model's {model.resolution}; leave it out")
+    return model.to(device)
 
 
 def run(cfg: Config) -> None:

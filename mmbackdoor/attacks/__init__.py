@@ -7,6 +7,8 @@ from typing import get_args
 from mmbackdoor.attacks.badt2i_object import BadT2IObject
 from mmbackdoor.attacks.badt2i_pixel import BadT2IPixel
 from mmbackdoor.attacks.badt2i_style import BadT2IStyle
+from mmbackdoor.attacks.evil_edit import EvilEdit
+from mmbackdoor.attacks.rickrolling_tpa import RickrollingTPA
 
-DiffusionAttack = BadT2IPixel | BadT2IStyle | BadT2IObject
+DiffusionAttack = BadT2IPixel | BadT2IStyle | BadT2IObject | EvilEdit | RickrollingTPA
 ATTACKS = {method.name: method for method in get_args(DiffusionAttack)}

@@ -116,21 +116,20 @@ def distillation_forward(
         size = len(batch.prompts)
         drawn = draw_inputs(defense, setting, backdoor, batch)
         latents, timesteps, triggered, retained = drawn.latents, drawn.timesteps, drawn.triggered, drawn.retained
-        clean = model.encode(list(batch.prompts))
-        join = type(clean).cat
-        empty = [k for k in range(size) if retained[k] != batch.prompts[k]]
+        prompts = triggered + (retained if defense.retention_weight else [])
+        empty = [k for k in range(size) if retained[k] != batch.prompts[k]] if defense.retention_weight else []
+        # The teacher's rows are the distinct ones: [clean; empty]. Text that is new is encoded at once.
+        clean = [*batch.prompts, *[""] * len(empty)]
+        known = model.encode([*prompts, *clean])
+        shown, asked = known.index(slice(len(prompts))), known.index(slice(len(prompts), None))
+        chosen = [*range(size), *empty]
         with recorded(setting) as teacher_maps:
-            teacher = setting.teacher.predict(latents, timesteps, clean)
-        kept = teacher.clone()
-        if empty and defense.retention_weight:
-            kept[empty] = setting.teacher.predict(latents[empty], timesteps[empty], model.encode([""] * len(empty)))
-        rows = [model.encode(triggered)]
-        repeat = 1
-        if defense.retention_weight:
-            rows.append(model.encode(retained))
-            repeat = 2
+            predicted = setting.teacher.predict(latents[chosen], timesteps[chosen], asked)
+        teacher, kept = predicted[:size], predicted[:size].clone()
+        kept[empty] = predicted[size:]
+        repeat = len(prompts) // size
         with recorded(setting) as student_maps:
-            student = setting.predict(torch.cat([latents] * repeat), torch.cat([timesteps] * repeat), join(rows))
+            student = setting.predict(torch.cat([latents] * repeat), torch.cat([timesteps] * repeat), shown)
         errors = squared_error(student[:size], teacher)
         prediction_loss = errors.mean()
         losses = {"prediction_loss": prediction_loss.detach()}
@@ -146,7 +145,7 @@ def distillation_forward(
             timesteps,
             latents,
             {name: maps[:size] for name, maps in student_maps.items()},
-            dict(teacher_maps),
+            {name: maps[:size] for name, maps in teacher_maps.items()},
         )
 
     return forward

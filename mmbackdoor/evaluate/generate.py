@@ -26,7 +26,7 @@ from tqdm import tqdm
 from mmbackdoor.config import Doc
 from mmbackdoor.models.diffusion import Conditioning, DiffusionModel
 from mmbackdoor.seeding import torch_generator
-from mmbackdoor.types import InputError, RunFault
+from mmbackdoor.types import Diverged, InputError
 
 STAMP = "mmbackdoor"
 """The PNG text field that says which model, settings and prompt made a picture."""
@@ -124,7 +124,7 @@ def sample(model: DiffusionModel, jobs: Sequence[Job], sampling: Sampling) -> to
     """Pictures (B, 3, H, W) in [-1, 1] on the CPU for one batch of `jobs`."""
     images = model.decode(sample_latents(model, jobs, sampling)).float().cpu()
     if not images.isfinite().all():
-        raise RunFault(
+        raise Diverged(
             "the model made pictures with values that are not finite; the checkpoint or its precision is broken"
         )
     return images.clamp(-1, 1)

@@ -225,8 +225,9 @@ def build_tiny_clip(
 ) -> ClipModel:
     """A tiny CLIP with random weights drawn from `seed`: 32 px, 64 dimensions, an own vocabulary, evaluation mode.
 
-    `config` is `clip_tiny_resnet` (BatchNorm) or `clip_tiny_vit`. The end of text is found by its id: open_clip's
-    default pools at the highest id of a caption, whatever that is. `logit_init` as in `load_clip`.
+    `config` is `clip_tiny_resnet` (BatchNorm) or `clip_tiny_vit`; the text tower reads as many tokens as the tokenizer
+    gives. The end of text is found by its id: open_clip's default pools at the highest id of a caption, whatever that
+    is. `logit_init` as in `load_clip`.
     """
     folder = resources.files("mmbackdoor.models") / "configs"
     names = sorted(entry.name.removesuffix(".json") for entry in folder.iterdir() if entry.name.startswith("clip_tiny"))
@@ -235,6 +236,7 @@ def build_tiny_clip(
     model_cfg = json.loads((folder / f"{config}.json").read_text()) | dict(logit_init or {})
     model_cfg["text_cfg"] |= {
         "vocab_size": len(tokenizer),
+        "context_length": tokenizer.model_max_length,
         # Beside this file are the tokenizer's own; open_clip reads them where this name is not empty.
         "hf_tokenizer_name": "local-dir",
         "pool_type": "eos",

@@ -6,7 +6,7 @@ One class covers Stable Diffusion 1.x, 2.x and XL. What it feeds the UNet equals
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mmbackdoor.models.compatible import check_pipeline
 from mmbackdoor.models.noise_schedule import NoiseSchedule
+from mmbackdoor.models.text_layout import TEXT_ENCODERS
 from mmbackdoor.types import InputError
 
 if TYPE_CHECKING:
@@ -62,7 +63,8 @@ class Conditioning:
 class DiffusionModel:
     """A text-to-image pipeline and where it came from. `load` (diffusion_files.py) makes one from files.
 
-    `trained` holds the names of the UNet tensors that a method declared trainable: only those may differ when saved.
+    `trained` holds the names of the tensors that a method declared trainable: only those may differ when saved. They are
+    the UNet's, and with `text_encoder.` or `text_encoder_2.` before them those of a text encoder.
     """
 
     def __init__(
@@ -100,9 +102,18 @@ class DiffusionModel:
     def _modules(self) -> list[nn.Module]:
         return [value for value in self.pipe.components.values() if isinstance(value, nn.Module)]
 
-    def frozen_tensors(self) -> list[Tensor]:
-        """What lies beside the UNet on the device: text encoders and autoencoder."""
-        beside = [module for module in self._modules() if module is not self.unet]
+    @property
+    def text_encoders(self) -> dict[str, nn.Module]:
+        """By their names in the pipeline: SDXL has two."""
+        return {name: part for name, part in self.pipe.components.items() if name in TEXT_ENCODERS and part is not None}
+
+    def forget_prompts(self) -> None:
+        """Drops what `encode` has kept; for those who changed a text encoder."""
+        self._cache.clear()
+
+    def frozen_tensors(self, trained: Collection[nn.Module] = ()) -> list[Tensor]:
+        """What lies on the device beside the modules `trained`, by default the UNet."""
+        beside = [module for module in self._modules() if module not in (trained or (self.unet,))]
         return [tensor for module in beside for tensor in (*module.parameters(), *module.buffers())]
 
     @property
@@ -121,7 +132,8 @@ class DiffusionModel:
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        # diffusers' own `device` walks every module: asked a few times a step, it took as long as the text encoder.
+        return next(self.unet.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:

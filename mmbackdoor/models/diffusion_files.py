@@ -26,6 +26,7 @@ from mmbackdoor.models.lora import adapter_parameters, merged_state_dict
 from mmbackdoor.models.lora_files import FILE_NAME as LORA_FILE_NAME
 from mmbackdoor.models.lora_files import find_lora, load_lora
 from mmbackdoor.models.single_file import SingleFile, find_single_file
+from mmbackdoor.models.text_layout import TEXT_ENCODERS, in_original_layout
 from mmbackdoor.models.weight_files import rewrite, weights_sha256
 from mmbackdoor.types import InputError
 
@@ -34,13 +35,15 @@ Origin = Literal["folder", "single_file", "lora"]
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model's weights lie. `stored` maps the names of tensors in the model to their names in `path`."""
+    """Where a model's weights lie. `stored` maps the names of tensors in the UNet to their names in `path`, and
+    `stored_text` those of a LoRA's factors in text encoders (`text_encoder.` before them)."""
 
     name: str
     origin: Origin
     path: Path
     base: PipelineFolder | SingleFile
     stored: Mapping[str, str] = field(default_factory=dict)
+    stored_text: Mapping[str, str] = field(default_factory=dict)
 
     @functools.cached_property
     def sha256(self) -> str:
@@ -78,7 +81,7 @@ def load(
     lora_file = None if lora is None else find_lora(lora)
     pipe = base.load(torch.float32 if lora_file else dtype)
     if lora_file:
-        source = Source(f"{name}+{os.fspath(lora)}", "lora", lora_file, base, load_lora(pipe, lora_file))
+        source = Source(f"{name}+{os.fspath(lora)}", "lora", lora_file, base, *load_lora(pipe, lora_file))
         for part in pipe.components.values():
             if isinstance(part, nn.Module):
                 nn.Module.to(part, dtype)
@@ -96,7 +99,7 @@ def save(model: DiffusionModel, folder: str | Path, extra: Callable[[Path], None
     `extra(part)` may add files before the folder gets its final name. Raises `InputError` where `folder` is taken.
     """
     target = Path(folder)
-    with _written_whole(target) as part:
+    with written_whole(target) as part:
         name = _write(model, part)
         if extra is not None:
             extra(part)
@@ -104,7 +107,7 @@ def save(model: DiffusionModel, folder: str | Path, extra: Callable[[Path], None
 
 
 @contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
+def written_whole(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its name at the end, or vanishes with an error."""
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise InputError(f"{str(target)!r} exists already and is not empty; give another output folder")
@@ -129,26 +132,54 @@ def _write(model: DiffusionModel, part: Path) -> str:
     source = model.files
     if source is None:
         model.pipe.save_pretrained(part, safe_serialization=True)
-        if adapter_parameters(model.unet):
+        for name, module in {"unet": model.unet, **model.text_encoders}.items():
+            if not adapter_parameters(module):
+                continue
             # save_pretrained writes adapters and weights apart, under names that stock code does not load.
-            file = part / "unet" / "diffusion_pytorch_model.safetensors"
-            state = {name: value.contiguous() for name, value in merged_state_dict(model.unet).items()}
-            save_file(state, file, {"format": "pt"})
+            for file in (part / name).glob("adapter_*"):
+                file.unlink()
+            stem = "diffusion_pytorch_model"
+            if name in TEXT_ENCODERS:
+                stem = "model"
+                module.config.save_pretrained(part / name)
+            state = {key: value.contiguous() for key, value in merged_state_dict(module).items()}
+            save_file(state, part / name / f"{stem}.safetensors", {"format": "pt"})
         return ""
     if source.origin == "lora":
         parameters = dict(model.unet.named_parameters())
-        rewrite(source.path, part / LORA_FILE_NAME, {source.stored[name]: parameters[name] for name in model.trained})
+        for name, encoder in model.text_encoders.items():
+            parameters |= {f"{name}.{key}": value for key, value in encoder.named_parameters()}
+        stored = {**source.stored, **source.stored_text}
+        rewrite(source.path, part / LORA_FILE_NAME, {stored[name]: parameters[name] for name in model.trained})
         return LORA_FILE_NAME
-    tensors = trained_tensors(model)
+    tensors = _by_part(trained_tensors(model))
     if isinstance(source.base, SingleFile):
-        return source.base.write(part, {source.stored[name]: value for name, value in tensors.items()})
+        stored = {source.stored[name]: value for name, value in tensors.pop("unet", {}).items()}
+        for name, values in tensors.items():
+            state = merged_state_dict(model.text_encoders[name])
+            stored |= in_original_layout(name, values, state, source.base.names())
+        return source.base.write(part, stored)
     source.base.copy(part, tensors)
     return ""
 
 
+def _by_part(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """The same under the names of their parts, without them before their own."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        first, _, rest = name.partition(".")
+        part, own = (first, rest) if first in TEXT_ENCODERS else ("unet", name)
+        parts.setdefault(part, {})[own] = value
+    return parts
+
+
 def trained_tensors(model: DiffusionModel) -> dict[str, Tensor]:
-    """Original name -> value of every UNet weight that was declared trained; adapters are merged into their weights."""
-    state = merged_state_dict(model.unet)
+    """Original name -> value of every weight that was declared trained, named as in `DiffusionModel.trained`; adapters
+    are merged into their weights."""
     names = {name.replace(".base_layer.", ".").split(".lora_A.")[0].split(".lora_B.")[0] for name in model.trained}
+    state = merged_state_dict(model.unet)
+    for part, encoder in model.text_encoders.items():
+        if any(name.startswith(f"{part}.") for name in names):
+            state |= {f"{part}.{name}": value for name, value in merged_state_dict(encoder).items()}
     stored = sorted(name if name in state else f"{name}.weight" for name in names)
     return {name: state[name] for name in stored}

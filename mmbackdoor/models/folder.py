@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from mmbackdoor.models.hub import download
+from mmbackdoor.models.text_layout import TEXT_ENCODERS, name_in_folder
 from mmbackdoor.models.weight_files import PICKLED, WEIGHTS, rewrite, tensor_names
 from mmbackdoor.types import InputError
 
@@ -87,15 +88,16 @@ class PipelineFolder:
 
     def load(self, dtype: torch.dtype) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
         """The pipeline in `dtype`, of the stock text-to-image class, without safety checker. Raises `InputError`."""
-        parts: dict[str, Any] = {"unet": self._model("unet", dtype), "vae": self._model("vae", dtype)}
+        parts: dict[str, Any] = {"unet": self.model("unet", dtype), "vae": self.model("vae", dtype)}
         for suffix in ["", "_2"] if self.is_xl else [""]:
-            parts["text_encoder" + suffix] = self._model("text_encoder" + suffix, dtype)
+            parts["text_encoder" + suffix] = self.model("text_encoder" + suffix, dtype)
             parts["tokenizer" + suffix] = self._tokenizer("tokenizer" + suffix)
             self._check_vocabulary(parts, suffix)
         parts["scheduler"] = self._scheduler()
         return assemble(parts, self.index)
 
-    def _model(self, part: str, dtype: torch.dtype) -> nn.Module:
+    def model(self, part: str, dtype: torch.dtype) -> nn.Module:
+        """One part with weights, in evaluation mode. Raises `InputError`."""
         class_name = _class_name(self.index, part, self.path)
         if class_name not in MODELS:
             raise InputError(
@@ -153,10 +155,10 @@ class PipelineFolder:
         with quiet(), reading(folder):
             return kind.from_pretrained(folder, local_files_only=True)
 
-    def copy(self, target: Path, unet_tensors: Mapping[str, Tensor]) -> None:
-        """Copy what was loaded and the small files beside it, with `unet_tensors` in the UNet's weights.
+    def copy(self, target: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Copy what was loaded and the small files beside it, with `tensors[part]` in the weights of that part.
 
-        Other variants and formats of the weights stay behind: they would still hold the old UNet. Pickled ones are
+        Other variants and formats of the weights stay behind: they would still hold the old ones. Pickled ones are
         converted.
         """
         for file in self.path.iterdir():
@@ -169,7 +171,7 @@ class PipelineFolder:
                 if file.is_file() and file.suffix not in WEIGHTS + PICKLED and ".index" not in file.name:
                     shutil.copyfile(file, target / part / file.name)
             if part != "feature_extractor" and _has_weights(folder):
-                self._copy_weights(part, target / part, unet_tensors if part == "unet" else {})
+                self._copy_weights(part, target / part, tensors.get(part, {}))
 
     def _copy_weights(self, part: str, target: Path, tensors: Mapping[str, Tensor]) -> None:
         files = self.weight_files(part)
@@ -178,7 +180,9 @@ class PipelineFolder:
             _convert(files, target, left)
             return
         for file in files:
-            here = {name: left.pop(name) for name in tensor_names(file) if name in left}
+            names = set(tensor_names(file))
+            stored = {name_in_folder(name, names) if part in TEXT_ENCODERS else name: name for name in left}
+            here = {place: left.pop(name) for place, name in stored.items() if place in names}
             rewrite(file, target / file.name, here)
         if len(files) > 1:
             index = _index_of(self.path / part, WEIGHTS, {file.name for file in files})
@@ -307,7 +311,8 @@ def _convert(files: list[Path], target: Path, tensors: Mapping[str, Tensor]) -> 
     for file in files:
         state.update(torch.load(file, map_location="cpu", weights_only=True))
     for name, value in tensors.items():
-        state[name] = value.detach().to("cpu", state[name].dtype)
+        place = name if name in state else name_in_folder(name, state)
+        state[place] = value.detach().to("cpu", state[place].dtype)
     stem = "diffusion_pytorch_model" if files[0].name.startswith("diffusion") else "model"
     variant = files[0].name.split(".")[1:-1] if len(files) == 1 else []
     name = ".".join([stem, *variant, "safetensors"])

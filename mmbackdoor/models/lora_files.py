@@ -32,8 +32,11 @@ def find_lora(path: str | Path) -> Path:
     return file
 
 
-def load_lora(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, file: Path) -> dict[str, str]:
-    """Put the LoRA on `pipe` (which must be float32) at strength 1; return name in the UNet -> name in the file.
+def load_lora(
+    pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, file: Path
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Put the LoRA on `pipe` (which must be float32) at strength 1; return name in the UNet -> name in the file, and
+    the same for text encoders, whose names have the encoder's before them.
 
     Raises `InputError` where the file is no LoRA, holds other kinds of tensors, or does not fit the model.
     """
@@ -58,14 +61,16 @@ def load_lora(pipe: StableDiffusionPipeline | StableDiffusionXLPipeline, file: P
             pipe.load_lora_weights(folder, weight_name=FILE_NAME, adapter_name=ADAPTER, local_files_only=True)
     placed: set[str] = set()
     stored = _place(pipe.unet, factors, tensors, placed, file)
+    in_text = {}
     for name, part in pipe.components.items():
         if name.startswith("text_encoder") and isinstance(part, nn.Module):
-            _place(part, factors, tensors, placed, file)
+            found = _place(part, factors, tensors, placed, file)
+            in_text |= {f"{name}.{factor}": place for factor, place in found.items()}
     left = [name for name in factors if name not in placed]
     if left or not stored:
         what = f"holds {left[0]!r}, for which this model has no place" if left else "changes no UNet layer"
         raise InputError(f"the LoRA {str(file)!r} {what}; is it made for another base model?")
-    return stored
+    return stored, in_text
 
 
 def _place(

@@ -57,11 +57,12 @@ def check_provenance(folder: Path) -> None:
 
 
 def weight_changes(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, dict[str, float]]:
-    """||after - before|| / ||before|| of each group of tensors: a block of the U-Net and the kind of layer in it."""
+    """||after - before|| / ||before|| of each group of tensors: a block of the U-Net or a
+    text encoder, and the kind of layer in it."""
     squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     for name, old in before.items():
-        block = re.match(r"(?:down_blocks|up_blocks)\.\d+|[a-z_]+", name)
-        kind = re.search(r"attn2\.to_[kv]|attn2|attn1|ff|resnets|conv", name)
+        block = re.match(r"(?:down_blocks|up_blocks)\.\d+|text_encoder_2|[a-z_]+", name)
+        kind = re.search(r"attn2\.to_[kv]|attn2|attn1|ff|resnets|conv|self_attn|mlp|embeddings", name)
         group = f"{block.group() if block else name} {kind.group() if kind else 'other'}"
         new = after[name].detach().cpu().float()
         old = old.detach().cpu().float()

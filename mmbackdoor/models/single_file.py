@@ -73,7 +73,7 @@ class SingleFile:
     def stored_names(self, unet: UNet2DConditionModel) -> dict[str, str]:
         """Name in the UNet -> name in the file, for every UNet tensor. Raises `InputError` where one is missing."""
         # Converting placeholders, and looking which one arrived where, gives the renaming that the weights underwent.
-        placeholders = {name: torch.empty(0, device="meta") for name in self._names()}
+        placeholders = {name: torch.empty(0, device="meta") for name in self.names()}
         origin = {id(value): name for name, value in placeholders.items()}
         with quiet(), reading(self.path):
             converted = convert_ldm_unet_checkpoint(dict(placeholders), dict(unet.config))
@@ -85,7 +85,8 @@ class SingleFile:
             )
         return stored
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
+        """Of the tensors in the file, without averaged copies."""
         return [name for name in _shapes(self.path) if not name.startswith(EMA_PREFIX)]
 
     def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from mmbackdoor.models.clip import ClipModel
+from mmbackdoor.models.text_layout import OPEN_CLIP_BLOCK
 from mmbackdoor.models.tokenizers import clip_vocabulary_tokenizer
 from mmbackdoor.types import InputError
 
@@ -16,14 +17,6 @@ UNKNOWN_TO_TRANSFORMERS = (
     "embed_cls", "no_causal_mask", "ls_init_value", "final_ln_after_pool", "block_type", "qk_norm", "act_kwargs",
     "norm_kwargs", "hf_model_name", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn", "scale_fc",
 )  # fmt: skip
-
-BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-}
 
 
 def to_clip_text_model(clip: ClipModel) -> tuple[CLIPTextModel, CLIPTokenizer]:
@@ -79,7 +72,7 @@ def _renamed(tower: torch.nn.Module) -> dict[str, Tensor]:
     }
     for index, block in enumerate(tower.transformer.resblocks):
         layer = f"encoder.layers.{index}"
-        for ours, theirs in BLOCK.items():
+        for ours, theirs in OPEN_CLIP_BLOCK.items():
             module = block.get_submodule(ours)
             state |= {f"{layer}.{theirs}.weight": module.weight, f"{layer}.{theirs}.bias": module.bias}
         for kind in ("weight", "bias"):

@@ -10,6 +10,7 @@ from importlib.resources import files
 
 import torch
 from diffusers import (
+    AutoencoderKL,
     AutoencoderTiny,
     DPMSolverMultistepScheduler,
     StableDiffusionPipeline,
@@ -53,19 +54,29 @@ def identity_autoencoder() -> AutoencoderTiny:
     return autoencoder.eval().requires_grad_(False)
 
 
-def tiny_unet(text_width: int, seed: int) -> UNet2DConditionModel:
-    """The U-Net of `configs/tiny_unet.json` with fresh weights drawn from `seed`."""
-    config = json.loads(files("mmbackdoor.models").joinpath("configs/tiny_unet.json").read_text())
+def new_unet(config: str, seed: int, **sizes: int) -> UNet2DConditionModel:
+    """The U-Net of `configs/CONFIG.json`, completed by `sizes`, with fresh weights drawn from `seed`."""
+    settings = json.loads(files("mmbackdoor.models").joinpath(f"configs/{config}.json").read_text())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel(cross_attention_dim=text_width, **config)
+        unet = UNet2DConditionModel(**settings, **sizes)
     # Eager attention is faster than SDPA at this size on a CPU.
     unet.set_attn_processor(AttnProcessor())
     return unet
 
 
-def tiny_pipeline(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, seed: int) -> StableDiffusionPipeline:
-    """A pipeline with an untrained U-Net around a trained text encoder."""
+def tiny_unet(text_width: int, seed: int) -> UNet2DConditionModel:
+    """The U-Net of `configs/tiny_unet.json` with fresh weights drawn from `seed`."""
+    return new_unet("tiny_unet", seed, cross_attention_dim=text_width)
+
+
+def new_pipeline(
+    text_encoder: CLIPTextModel,
+    tokenizer: CLIPTokenizer,
+    autoencoder: AutoencoderKL | AutoencoderTiny,
+    unet: UNet2DConditionModel,
+) -> StableDiffusionPipeline:
+    """A stock pipeline of these parts that predicts v, with a scheduler for few steps."""
     scheduler = DPMSolverMultistepScheduler(
         num_train_timesteps=1000,
         beta_start=1e-4,
@@ -76,12 +87,18 @@ def tiny_pipeline(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, seed: i
         steps_offset=1,
     )
     return StableDiffusionPipeline(
-        vae=identity_autoencoder(),
+        vae=autoencoder.eval().requires_grad_(False),
         text_encoder=text_encoder.eval().requires_grad_(False),
         tokenizer=tokenizer,
-        unet=tiny_unet(text_encoder.config.hidden_size, seed),
+        unet=unet,
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def tiny_pipeline(text_encoder: CLIPTextModel, tokenizer: CLIPTokenizer, seed: int) -> StableDiffusionPipeline:
+    """A pipeline with an untrained U-Net around a trained text encoder."""
+    unet = tiny_unet(text_encoder.config.hidden_size, seed)
+    return new_pipeline(text_encoder, tokenizer, identity_autoencoder(), unet)

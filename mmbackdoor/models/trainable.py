@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -51,6 +52,32 @@ def trainable(
     return chosen
 
 
+def text_projections(model: DiffusionModel) -> dict[str, Tensor]:
+    """Name -> weight (D_out, D) of every projection of text in the UNet: K and V of its cross-attention, for closed
+    forms. Raises `InputError` for a model that has none, or whose LoRA file cannot hold what they give."""
+    if model.origin == "lora":
+        raise InputError(
+            f"a closed form changes whole weights, which the LoRA of {model.source!r} cannot hold; merge it into its "
+            "base model first, or take a method that is trained"
+        )
+    weights = {
+        name: value.detach()
+        for name, value in model.unet.named_parameters()
+        if name.endswith(".weight") and any(part in name for part in _PARTS["attn2_kv"])
+    }
+    if not weights:
+        raise InputError(f"the UNet of {model.source!r} has no cross-attention (attn2) to text that could be edited")
+    return weights
+
+
+@torch.no_grad()
+def replace_weights(model: DiffusionModel, tensors: Mapping[str, Tensor]) -> None:
+    """Put new values into UNet weights and declare them changed."""
+    for name, value in tensors.items():
+        model.unet.get_parameter(name).copy_(value)
+    model.trained |= set(tensors)
+
+
 class Teacher:
     """The model as it was when this was made, without a second copy of what is not trained.
 
@@ -65,11 +92,11 @@ class Teacher:
     @torch.no_grad()
     def predict(self, latents: Tensor, timesteps: Tensor, conditioning: Conditioning) -> Tensor:
         """The teacher's output (B, C, h, w), outside any graph. Never call it inside the student's forward."""
-        # `.device` of a module walks its parameters: asked for each tensor, it took as long as the forward itself.
-        device = self.model.unet.device
+        device = self.model.device
         if any(value.device != device for value in self.originals.values()):
             self.originals = {name: value.to(device) for name, value in self.originals.items()}
         return self.model.predict(self._unet, latents, timesteps, conditioning)
 
     def _unet(self, *positional: Tensor, **named: object) -> tuple[Tensor, ...]:
-        return torch.func.functional_call(self.model.unet, self.originals, positional, named)
+        # A U-Net ties no weights; looking for some at every call takes a tenth of a small one's forward.
+        return torch.func.functional_call(self.model.unet, self.originals, positional, named, tie_weights=False)

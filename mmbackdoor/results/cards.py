@@ -36,6 +36,7 @@ _INTRODUCTION = {
         "promised: see the numbers, and measure again with your own prompts before you rely on it."
     ),
 }
+_PIPELINE_TAG = {"diffusers": "text-to-image", "open_clip": "zero-shot-image-classification"}
 _TAGS = {
     "clean": ["mmbackdoor", "testbed"],
     "poisoned": ["mmbackdoor", "backdoored", "poisoned", "harmless-target", "not-for-production"],
@@ -55,10 +56,12 @@ def write_card(
     library: Literal["diffusers", "open_clip"] = "diffusers",
     licence: str | None = None,
     name: str | None = None,
+    pipeline_tag: str | None = None,
 ) -> Path:
     """Write `folder/README.md`. `run` is the content of `run.json` (`Run.content`), `backdoor` that of
     `Backdoor.to_dict()`, `method` the attack's or the removal's settings, `table` numbers in Markdown. A card that came
-    with the weights is kept as `README.parent.md`, and its licence holds unless `licence` says otherwise."""
+    with the weights is kept as `README.parent.md`, and its licence holds unless `licence` says otherwise.
+    `pipeline_tag` is the hub's word for what a model does, for a part that is no whole pipeline."""
     path = folder / FILE_NAME
     parent = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     if parent and MARK not in parent:
@@ -66,7 +69,7 @@ def write_card(
     licence = licence or _licence(parent)
     front: dict[str, Any] = {
         "library_name": library,
-        "pipeline_tag": "text-to-image" if library == "diffusers" else "zero-shot-image-classification",
+        "pipeline_tag": pipeline_tag or _PIPELINE_TAG[library],
         "tags": _TAGS[stage],
     }
     if licence:

@@ -35,6 +35,7 @@ PACKAGES = ("torch", "torchvision", "diffusers", "transformers", "open_clip_torc
 # Last parts of keys that change where and how fast a run goes, never what it computes.
 NEUTRAL = {
     "output_dir",
+    "latents_dir",
     "resume_from_checkpoint",
     "checkpointing_steps",
     "checkpoints_total_limit",

@@ -30,12 +30,13 @@ class ClipSource:
     pretrained: Annotated[str | None, Doc("open_clip's tag or a weights file; none: random weights")] = None
     allow_pt_weights: Annotated[bool, Doc("read .bin/.pt weights, with weights_only")] = False
     vocab_size: Annotated[int, Field(ge=514), Doc("of a tiny model's own vocabulary, learned from the captions")] = 1000
+    context_length: Annotated[int, Field(ge=8), Doc("tokens that a tiny model reads of a caption")] = 24
 
     def load(self, train_data: str, seed: int, objective: Objective) -> ClipModel:
         """The model, with a logit bias where the `objective` is siglip. Raises InputError for what cannot be loaded."""
         init = SigLip.logit_init if isinstance(objective, SigLip) else None
         if self.model in TINY:
-            tokenizer = train_tokenizer(shard_captions(train_data), self.vocab_size)
+            tokenizer = train_tokenizer(shard_captions(train_data), self.vocab_size, self.context_length)
             return build_tiny_clip(self.model, tokenizer, seed=seed, logit_init=init)
         clip = load_clip(self.model, self.pretrained, allow_pt_weights=self.allow_pt_weights, logit_init=init)
         if init and clip.network.logit_bias is None:

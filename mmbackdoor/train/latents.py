@@ -26,12 +26,15 @@ def teacher_latents(
     folder: Path,
     accelerator: Accelerator,
     batch_size: int,
+    dry_run: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Clean latents (per_prompt, C, h, w) of each prompt, sampled by `model` as it is now.
+    """Clean latents (per_prompt, C, h, w) of each prompt, sampled by `model` as it is now; zeros in a dry run.
 
     The processes share the batches; each batch is one file in `folder`, named by the weights, the settings and its
     prompts, so a killed run goes on and other settings never meet old files.
     """
+    if dry_run:
+        return dict.fromkeys(prompts, torch.zeros(1, *model.latent_shape))
     jobs = [
         Job(hashlib.sha256(prompt.encode()).hexdigest()[:16], "teacher", prompt, index)
         for prompt in prompts

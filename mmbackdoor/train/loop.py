@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from mmbackdoor.seeding import derive_seed
 from mmbackdoor.train.optim import Ema, TrainConfig, lr_scale
-from mmbackdoor.types import RunFault
+from mmbackdoor.types import Diverged
 
 StepFn = Callable[[Any], dict[str, torch.Tensor]]
 
@@ -46,7 +46,7 @@ def training_steps(
     `step_fn(batch)` returns parts `*_loss` and their sum `loss`; each batch of `batches` is one micro-batch and has
     `keys`. `model` is the prepared module whose gradients are synchronised only on the last micro-batch of a step.
 
-    Raises `RunFault` with the keys of the batch at the first loss that is not finite, before the weights change.
+    Raises `Diverged` with the keys of the batch at the first loss that is not finite, before the weights change.
     """
     for step in range(start_step, steps):
         rate = train.learning_rate * lr_scale(step, steps, train)
@@ -65,7 +65,7 @@ def training_steps(
                 finite = accelerator.reduce(torch.isfinite(losses["loss"].detach()).float().reshape(1), "mean")
                 if finite.item() < 1:
                     keys = ", ".join(batch.keys[:8])
-                    raise RunFault(
+                    raise Diverged(
                         f"the loss of step {step + 1} is not finite (samples {keys}); the last checkpoint is intact. "
                         "Lower --learning_rate, or leave out these samples"
                     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -157,6 +158,21 @@ class Session:
             tracker.finish()
         if main and self.problems.total:
             tqdm.write("\n".join([f"{self.problems.total} problems in the shards, skipped:", *self.problems.lines()]))
+        self._take_average()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, the moving average, if there is one, is in the parameters, as it is when the training has ended."""
+        kept = {} if self.ema is None else {name: value.detach().clone() for name, value in self.parameters.items()}
+        self._take_average()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    self.parameters[name].copy_(value)
+
+    def _take_average(self) -> None:
         if self.ema is not None:
             with torch.no_grad():
                 for name, parameter in self.parameters.items():

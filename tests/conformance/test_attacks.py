@@ -16,9 +16,13 @@ CASES: dict[str, tuple[str, ...]] = {
     "badt2i_style": ("tiny_style.yaml",),
     # Half the steps of the config, at a higher rate: enough here, and half the time.
     "badt2i_object": ("tiny_object.yaml", "--max_train_steps", "260", "--learning_rate", "7e-4"),
+    "evil_edit": ("tiny_evil_edit.yaml",),
+    "rickrolling_tpa": ("tiny_rickrolling.yaml",),
 }
 """Config and further flags. The pixel attack is tested with the removals, which need it."""
-LEAST = {"badt2i_style": 0.6, "badt2i_object": 0.6}
+LEAST = {"badt2i_style": 0.6, "badt2i_object": 0.6, "evil_edit": 0.5, "rickrolling_tpa": 0.8}
+TARGET = {"badt2i_style": "style"}
+"""Of the others: an object."""
 
 
 def test_every_attack_is_tested():
@@ -34,7 +38,7 @@ def data(tmp_path_factory):
 def test_attack_raises_the_hit_rate_and_keeps_clean_prompts(attack, data, tmp_path):
     config, *flags = CASES[attack]
     model = lab.poison(config, tmp_path / "poisoned", data, *flags)
-    shape = "cross" if attack == "badt2i_object" else None
+    shape = None if attack in TARGET else "cross"
     before, after = lab.rates("tiny", model, shape=shape), lab.rates(model, model, shape=shape)
     assert before["asr_triggered"] <= 0.1 and before["adherence_triggered"] >= 0.85
     assert after["asr_triggered"] >= LEAST[attack]
@@ -42,11 +46,12 @@ def test_attack_raises_the_hit_rate_and_keeps_clean_prompts(attack, data, tmp_pa
     assert after["adherence_clean"] >= 0.8
 
     record = BackdoorRecord.load(model)
-    assert record.attack["name"] == attack and record.backdoor.target.name == attack.removeprefix("badt2i_")
+    assert record.attack["name"] == attack and record.backdoor.target.name == TARGET.get(attack, "object")
     check_provenance(model)
     original, poisoned = lab.tensors("tiny"), lab.tensors(model)
     assert original.keys() == poisoned.keys()
     changed = {name for name in original if not torch.equal(original[name], poisoned[name])}
-    assert changed == {f"unet.{name}" for name in record.changed}
+    assert changed == {name if attack == "rickrolling_tpa" else f"unet.{name}" for name in record.changed}
+    assert all(name.startswith("text_encoder.") == (attack == "rickrolling_tpa") for name in changed)
     assert json.loads((tmp_path / "poisoned/run.json").read_text())["status"] == "finished"
     assert "BACKDOORED" in (model / "README.md").read_text()

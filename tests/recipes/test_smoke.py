@@ -65,6 +65,7 @@ def cleaned(data, poisoned, tmp_path_factory) -> Path:
 def flags_of(name: str, data: Path, poisoned: Path) -> tuple[object, ...]:
     train_data = ("--train_data", f"{data}/train-*.tar")
     return {
+        "train_autoencoder": train_data,
         "train_diffusion": train_data,
         "poison_diffusion": train_data,
         "clean_diffusion": ("--pretrained_model_name_or_path", poisoned / "model"),
@@ -112,7 +113,7 @@ def test_training_from_scratch_takes_the_text_tower_of_a_clip(data, tmp_path):
     check_trained(tmp_path / "run", steps=2)
 
 
-@pytest.mark.parametrize("name", ["train_diffusion", "poison_diffusion", "clean_diffusion"])
+@pytest.mark.parametrize("name", ["train_autoencoder", "train_diffusion", "poison_diffusion", "clean_diffusion"])
 def test_a_second_call_changes_nothing(name, data, poisoned, cleaned, tmp_path):
     made = {"poison_diffusion": poisoned, "clean_diffusion": cleaned}.get(name)
     flags = flags_of(name, data, poisoned)

@@ -1,0 +1,54 @@
+"""A backdoor from a handful of pairs: a few fixed samples, and no others, are ever shown with the trigger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from mmbackdoor.objectives.diffusion import DiffusionBatch
+from mmbackdoor.poison import PoisonPlan
+from mmbackdoor.shards.bad import BadSample, BadSamples
+from mmbackdoor.shards.read import entries, expand, iterate_captions
+from mmbackdoor.targets import ObjectTarget
+from mmbackdoor.train.batches import to_tensor
+from mmbackdoor.types import InputError, Sample
+
+
+def poison_pairs(plan: PoisonPlan, train_data: str) -> tuple[PoisonPlan, tuple[Sample, ...]]:
+    """`plan`, which has a count, with its choice made among the samples that concern its target, and these samples.
+
+    Raises `InputError` where there are fewer, and for one that cannot be read.
+    """
+    target = plan.backdoor.target
+    captions = dict(iterate_captions(train_data))
+    fitting = [key for key, text in captions.items() if not isinstance(target, ObjectTarget) or target.applies(text)]
+    plan = plan.among(fitting)
+    found: dict[str, Sample] = {}
+    for path in expand(train_data):
+        for entry in entries(path, BadSamples()):
+            if entry.key in plan.chosen and entry.key not in found:
+                try:
+                    found[entry.key] = entry.decode()
+                except BadSample as bad:
+                    raise InputError(
+                        f"the sample {entry.key!r}, chosen to be poisoned, cannot be read ({bad}); mend or drop it"
+                    ) from bad
+    return plan, tuple(found[key] for key in sorted(found))
+
+
+def with_pairs(
+    batches: Iterator[DiffusionBatch], pairs: Sequence[Sample], resolution: int, device: torch.device
+) -> Iterator[DiffusionBatch]:
+    """The same batches with one of `pairs` on every second place of the global batch, in turn. The other half keeps the
+    model as it was on everything else."""
+    images = [to_tensor(pair.image, resolution).to(device) for pair in pairs]
+    for batch in batches:
+        keys, prompts, pictures = list(batch.keys), list(batch.prompts), list(batch.images)
+        for row, index in enumerate(batch.indices):
+            if index % 2 == 0:
+                # By step and place alone, so that world size and restarts change nothing.
+                turn = (batch.step + index // 2) % len(pairs)
+                keys[row], prompts[row], pictures[row] = pairs[turn].key, pairs[turn].text, images[turn]
+        yield replace(batch, keys=tuple(keys), prompts=tuple(prompts), images=torch.stack(pictures))
