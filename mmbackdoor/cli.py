@@ -147,9 +147,11 @@ def _compare(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from mmbackdoor.results import report
+    from mmbackdoor.results import removal_report, report
 
-    if arguments.json:
+    if removal_report.is_removal_benchmark(arguments.run) and not arguments.json:
+        print(removal_report.build(arguments.run))
+    elif arguments.json:
         import json
 
         print(json.dumps(report.summary(arguments.run), indent=1))

@@ -44,6 +44,29 @@ def build(folder: Path, rule: LargestDrift | BestUtility) -> Path:
     points, trainings = benchmark.read(folder)
     cells = benchmark.cells(points, trainings, rule)
     picture = grids.save(scatter(panels(points, cells)), folder / PICTURE)
+    return page(
+        folder,
+        "benchmark.html.j2",
+        files=f"{benchmark.POINTS} and {benchmark.TRAININGS}",
+        sentences=sentences(cells),
+        warnings=benchmark.warnings(points, trainings),
+        picture=inline(picture),
+        start=benchmark.start_table(points),
+        frontier=benchmark.frontier_table(cells),
+        selection=benchmark.selection_table(cells),
+        trainings=trainings,
+        rule=rule.words,
+        counts={"models": len(points), "trainings": len(trainings)},
+    )
+
+
+def inline(picture: Path) -> str:
+    """A PNG as an address that needs no file."""
+    return "data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode()
+
+
+def page(folder: Path, template: str, **values: object) -> Path:
+    """Write `folder/report.html` from a template of a benchmark's page and `values`; its path."""
     config = folder / "config.yaml"
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("mmbackdoor.results"),
@@ -52,22 +75,14 @@ def build(folder: Path, rule: LargestDrift | BestUtility) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("benchmark.html.j2").render(
+    text = environment.get_template(template).render(
         version=__version__,
         name=folder.resolve().name,
-        sentences=sentences(cells),
-        warnings=benchmark.warnings(points, trainings),
-        picture="data:image/png;base64," + base64.b64encode(picture.read_bytes()).decode(),
-        start=benchmark.start_table(points),
-        frontier=benchmark.frontier_table(cells),
-        selection=benchmark.selection_table(cells),
-        trainings=trainings,
-        rule=rule.words,
-        counts={"models": len(points), "trainings": len(trainings)},
         config=config.read_text(encoding="utf-8") if config.is_file() else None,
         versions=versions(),
+        **values,
     )
-    write_text(folder / FILE_NAME, page)
+    write_text(folder / FILE_NAME, text)
     return folder / FILE_NAME
 
 

@@ -1,0 +1,69 @@
+"""`report.html`, `table.md` and `curves.png` of a benchmark of removals, from its own files alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from mmbackdoor.results import benchmark_report, grids, removal_benchmark, removal_tuning
+from mmbackdoor.results.record import write_text
+from mmbackdoor.results.removal_benchmark import CLEAN, NONE, Point, judged, pooled, rows
+from mmbackdoor.results.removal_curves import curves
+
+TABLE, PICTURE = "table.md", "curves.png"
+
+
+def is_removal_benchmark(folder: Path) -> bool:
+    return all((folder / name).is_file() for name in (removal_benchmark.POINTS, removal_benchmark.RUNS))
+
+
+def build(folder: Path) -> Path:
+    """Write `folder/report.html`, `folder/table.md` and `folder/curves.png`; the page's path.
+
+    Raises `InputError` where `folder` holds no such benchmark.
+    """
+    points, runs = removal_benchmark.read(folder)
+    trials = removal_tuning.read(folder)
+    tuning = removal_tuning.table(trials)
+    write_text(folder / TABLE, removal_benchmark.markdown(folder) + _tuning_part(tuning))
+    picture = grids.save(curves(points), folder / PICTURE)
+    files = [removal_benchmark.POINTS, removal_benchmark.RUNS, *([removal_tuning.FILE_NAME] if trials else [])]
+    return benchmark_report.page(
+        folder,
+        "removal_benchmark.html.j2",
+        files=" and ".join([", ".join(files[:-1]), files[-1]]),
+        sentences=sentences(points),
+        warnings=removal_benchmark.warnings(points, runs),
+        picture=benchmark_report.inline(picture),
+        tables=removal_benchmark.tables(points, runs),
+        tuning=tuning,
+        rule=rule_words(folder),
+        runs=runs,
+        counts={
+            "rows": len(rows(points)),
+            "seeds": len({one.seed for one in points if one.seed is not None}),
+            "numbers": len(points),
+        },
+    )
+
+
+def sentences(points: Sequence[Point]) -> list[str]:
+    """The verdict on each removal of each attack, with the numbers that it rests on."""
+    ends = pooled(points)
+    cleaned = [row for row in rows(ends) if row[1] not in (CLEAN, NONE)]
+    return [f"{removal} on {attack}: {judged(ends, (attack, removal)).sentence}" for attack, removal in cleaned]
+
+
+def rule_words(folder: Path) -> str:
+    """The rule of tuning in words, read from `config.yaml`; the default's where that is missing."""
+    config = folder / "config.yaml"
+    content = yaml.safe_load(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    rule = ((content or {}).get("tuning") or {}).get("rule") or {}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in rule.items()}
+    return removal_tuning.LowestASR(**given).words
+
+
+def _tuning_part(tuning: removal_tuning.Table | None) -> str:
+    return f"\n**Tuning, on selection prompts**\n\n{tuning.markdown()}\n" if tuning else ""

@@ -1,0 +1,160 @@
+"""Compare removals of backdoors from text-to-image models: attacks x removals x seeds, from one YAML file.
+
+    CPU, the tiny model, drawn pictures, no download:
+        accelerate launch -q recipes/benchmark_removal.py --config recipes/configs/benchmark_removal/tiny.yaml
+    8 GPUs: the same with `accelerate launch -q --num_processes 8`; model, train_data, prompts of one's own in the file.
+
+Every job is another recipe, in this process; its command is printed and can be run alone. A second call goes on where
+the first one stopped; seeds, attacks and removals may be added. The poisoned model (`none`) and the one that never was
+(`clean`) are always rows. With `tuning`, each removal gets as many trials, measured on selection prompts and seeds of
+their own, and a rule of the file picks the winners, which alone meet the evaluation prompts.
+
+Writes into output_dir: report.html, table.md, curves.png, points.jsonl (every number), runs.jsonl, tuning.jsonl,
+config.yaml, data/, ATTACK/seed-N/{poisoned,latents,evaluation}/, ATTACK/seed-N/REMOVAL/ and tuning/ of the same form.
+The page, the table and the picture are made anew from these lines by `mmbackdoor report OUTPUT_DIR`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+from pydantic import Field
+
+from mmbackdoor import recipe_files
+from mmbackdoor.config import Doc, parse, to_yaml
+from mmbackdoor.defenses import ClosedFormSeal
+from mmbackdoor.entry import main
+from mmbackdoor.evaluate.prompts import Suite
+from mmbackdoor.evaluate.removal_cell import Cell, tuned
+from mmbackdoor.evaluate.removal_material import Material, Split, prompts_file
+from mmbackdoor.evaluate.removal_points import points
+from mmbackdoor.recipe_files import flags, stage
+from mmbackdoor.results import removal_benchmark, removal_report, removal_tuning
+from mmbackdoor.results.record import write_text
+from mmbackdoor.results.removal_benchmark import CLEAN
+from mmbackdoor.results.removal_grid import Attack, Durability, Grid, Overrides, check_names
+from mmbackdoor.results.removal_tuning import Tuning
+from mmbackdoor.train.launch import make_accelerator
+from mmbackdoor.types import InputError
+
+RECIPES = ("poison_diffusion", "clean_diffusion", "evaluate_diffusion", "train_diffusion")
+CONFIGS = {name: recipe_files.load(name).Config for name in RECIPES}
+Count = Annotated[int, Field(ge=1)]
+
+
+@dataclass(frozen=True)
+class Config:
+    UNDOTTED: ClassVar[tuple[str, ...]] = ("material",)
+
+    attacks: Annotated[Grid, Doc("name -> flags of poison_diffusion; removal.KEY, evaluate.KEY, prompts_with, tuned")]
+    removals: Annotated[Grid, Doc("name -> flags of clean_diffusion, such as config: NAME and defense: NAME")]
+    model: Annotated[str, Doc("the clean model: tiny, a folder, a hub id")] = "tiny"
+    material: Material = Material()
+    seeds: Annotated[tuple[int, ...], Field(min_length=1), Doc("of poisoning, removal and evaluation")] = (0,)
+    milestones: Annotated[tuple[Count, ...], Doc("steps after which a removal is measured, beside its end")] = ()
+    tuning: Tuning | None = None
+    stress: Annotated[dict[str, Overrides], Doc("name -> flags of sampling, for the last models")] = field(
+        default_factory=dict
+    )
+    durability: Durability | None = None
+    evaluate: Annotated[Overrides, Doc("flags of evaluate_diffusion")] = field(default_factory=dict)
+    output_dir: str = "runs/benchmark_removal"
+
+
+def words(recipe: str, settings: Overrides) -> list[str]:
+    """`settings` as the recipe's command line has them; `config` is a file, or the name of one of the recipe's own."""
+    file = settings.get("config")
+    if file is not None and not str(file).endswith(".yaml"):
+        file = recipe_files.folders()["recipes"] / "configs" / recipe / f"{file}.yaml"
+    return flags(({} if file is None else {"config": file}) | {k: v for k, v in settings.items() if k != "config"})
+
+
+def steps(settings: Overrides) -> int:
+    """How long a removal with `settings` is. Raises `InputError` for settings that are none, or without a length."""
+    found = parse(CONFIGS["clean_diffusion"], words("clean_diffusion", settings))
+    length = 0 if isinstance(found.defense, ClosedFormSeal) else found.train.max_train_steps
+    if length is None:
+        raise InputError(f"the removal {settings} has no max_train_steps, so no milestones; give it one")
+    return length
+
+
+def of_removal(cfg: Config, attack: Attack, removal: str, trial: Overrides) -> Overrides:
+    """A removal's settings: its line of the grid, what the attack asks for, and a trial's on top."""
+    return cfg.removals[removal] | attack.removal | trial
+
+
+def check(cfg: Config) -> tuple[dict[str, Attack], dict[tuple[str, Split], Suite]]:
+    """Everything that can be wrong in the grid, before anything is trained; the attacks, and the prompts of each."""
+    check_names(attacks=cfg.attacks, removals=cfg.removals, stress=cfg.stress)
+    attacks = {name: Attack.of(name, given) for name, given in cfg.attacks.items()}
+    if cfg.tuning:
+        cfg.tuning.check(list(cfg.removals), cfg.seeds, [name for name, one in attacks.items() if one.tuned])
+    durability, sources = cfg.durability or Durability(), []
+    for attack in attacks.values():
+        for more in ({}, durability.relearn if durability.relearn_pairs else {}):
+            parse(CONFIGS["poison_diffusion"], words("poison_diffusion", attack.poison | more))
+        for sampling in ({}, *cfg.stress.values()):
+            given = cfg.evaluate | attack.evaluate | sampling
+            parse(CONFIGS["evaluate_diffusion"], words("evaluate_diffusion", given))
+        for removal in cfg.removals:
+            for trial in cfg.tuning.trials[removal] if cfg.tuning else ({},):
+                settings = of_removal(cfg, attack, removal, trial)
+                steps(settings)
+                sources.append(parse(CONFIGS["clean_diffusion"], words("clean_diffusion", settings)).prompts)
+    parse(CONFIGS["train_diffusion"], words("train_diffusion", durability.benign))
+    return attacks, cfg.material.suites(attacks, cfg.tuning is not None, list(dict.fromkeys(sources)))
+
+
+def run(cfg: Config) -> None:
+    attacks, suites = check(cfg)
+    folder, state = Path(cfg.output_dir), make_accelerator()
+    data = folder / "data"
+    if state.is_main_process:
+        cfg.material.write(data, suites)
+        write_text(folder / "config.yaml", to_yaml(cfg))
+    state.wait_for_everyone()
+
+    def job(recipe: str, wanted: Overrides) -> None:
+        stage(recipe, *words(recipe, wanted))
+
+    def cell(name: str, seed: int, root: Path, split: Split) -> Cell:
+        place, prompts = root / name / f"seed-{seed}", prompts_file(data, name, split)
+        settings = cfg.material.settings(data, name) | {"evaluate_diffusion": cfg.evaluate}
+        return Cell(name, attacks[name], seed, place, cfg.model, prompts, settings, job, steps)
+
+    winners = {name: (name, {}) for name in cfg.removals}
+    if cfg.tuning:
+        names = [name for name, one in attacks.items() if one.tuned]
+        cells = [cell(*of, folder / "tuning", "selection") for of in itertools.product(names, cfg.tuning.seeds)]
+        trials = tuned(cells, cfg.tuning, lambda one, *of: of_removal(cfg, one.attack, *of), cfg.milestones)
+        winners = {one.removal: (f"{one.removal}-trial-{one.trial}", one.settings) for one in trials if one.winner}
+        if state.is_main_process:
+            removal_tuning.write(folder, trials)
+    found, runs = [], []
+    for seed, (name, attack) in itertools.product(cfg.seeds, attacks.items()):
+        one = cell(name, seed, folder, "evaluation")
+        if failed := one.poison():
+            runs.append(failed)
+            continue
+        found += one.before(cfg.stress)
+        if cfg.durability:
+            found += one.lasting(CLEAN, CLEAN, cfg.durability)
+        for removal, (label, trial) in winners.items():
+            some, line = one.clean(removal, of_removal(cfg, attack, removal, trial), label, cfg.milestones)
+            runs.append(line)
+            if some:
+                found += some + one.stressed(removal, label, cfg.stress)
+            if some and cfg.durability:
+                found += one.lasting(removal, label, cfg.durability)
+    if state.is_main_process:
+        removal_benchmark.write(folder, points(found), runs)
+        print(removal_benchmark.text(folder))
+        print(f"report: {removal_report.build(folder)}")
+    state.wait_for_everyone()
+
+
+if __name__ == "__main__":
+    main(Config, run, __doc__)

@@ -1,0 +1,233 @@
+"""The benchmark of removals: every stage once, only what is missing is made, tuning is apart, wrong grids end early."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from mmbackdoor import recipe_files
+from mmbackdoor.config import parse
+from mmbackdoor.evaluate.prompts import load_prompts
+from mmbackdoor.results import removal_benchmark, removal_tuning
+from mmbackdoor.types import Diverged, InputError
+
+CONFIGS = recipe_files.folders()["recipes"] / "configs"
+SMOKE = CONFIGS / "smoke/benchmark_removal.yaml"
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return recipe_files.load("benchmark_removal")
+
+
+def run(recipe, folder: Path, *flags: str, config: Path = SMOKE) -> Path:
+    recipe.run(parse(recipe.Config, ["--config", str(config), "--output_dir", str(folder), *flags]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def made(recipe, tmp_path_factory) -> Path:
+    return run(recipe, tmp_path_factory.mktemp("runs") / "benchmark")
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    kept = ("model", "samples.jsonl", "data", "latents")
+    files = [path for path in folder.rglob("*") if path.is_file() and set(path.relative_to(folder).parts) & set(kept)]
+    return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in files}
+
+
+def test_every_model_is_measured(made):
+    points, runs = removal_benchmark.read(made)
+    ends = [one for one in points if (one.metric, one.condition, one.seed) == ("asr", "triggered", 0)]
+    found = {(one.removal, one.step, one.situation) for one in ends}
+    assert found == {
+        *((removal, 0, "") for removal in ("none", "clean")),
+        *((removal, step, "") for removal in ("finetune", "skd") for step in (1, 2)),
+        *((*one, "stress:guided") for one in (("none", 0), ("clean", 0), ("finetune", 2), ("skd", 2))),
+        *((*one, "relearn:1") for one in (("clean", 0), ("finetune", 2), ("skd", 2))),
+    }
+    assert {one.n for one in ends} == {4} and len({one.condition for one in points}) > 3, "near triggers, too"
+    assert [(one.removal, one.status, one.steps, one.samples) for one in runs] == [
+        ("finetune", "finished", 2, 4), ("skd", "finished", 2, 4)
+    ]  # fmt: skip
+    assert all((made / name).is_file() for name in ("report.html", "table.md", "curves.png", "config.yaml"))
+    assert not list(made.rglob("*.part")) and not (made / removal_tuning.FILE_NAME).exists()
+
+
+def test_removals_share_the_pictures_of_their_teacher(made):
+    place = made / "patch/seed-0"
+    assert len(list((place / "latents").iterdir())) == 1
+    assert not (place / "skd/latents").exists()
+    config = json.loads((place / "skd/run.json").read_text())["config"]
+    assert config["defense"]["name"] == "skd" and config["train"]["max_train_steps"] == 2
+    # The relearned model is a poisoned one: what was said of its cleaning does not hold any more.
+    assert not (place / "skd/relearn-1/model/removal.json").exists() and (place / "skd/model/removal.json").exists()
+
+
+def test_a_second_call_makes_nothing_and_another_seed_its_own_cells_alone(recipe, made):
+    before, table = stamps(made), (made / "table.md").read_text()
+    run(recipe, made)
+    assert stamps(made) == before and (made / "table.md").read_text() == table
+    with pytest.raises(InputError, match="patch-evaluation.txt' holds other prompts"):
+        run(recipe, made, "--n_prompts", "5")
+    run(recipe, made, "--seeds", "0", "1")
+    after = stamps(made)
+    assert {name: after[name] for name in before} == before
+    assert {Path(name).parts[:2] for name in after.keys() - before.keys()} == {("patch", "seed-1")}
+    points, _ = removal_benchmark.read(made)
+    pooled = [one for one in points if one.seed is None and (one.metric, one.condition) == ("asr", "clean")]
+    assert {(one.seeds, one.n) for one in pooled} == {(2, 8)}
+
+
+class Jobs:
+    """Stands for the recipes: leaves the files that the benchmark reads. `asr` by the settings of the removal."""
+
+    def __init__(self, asr, breaks=lambda flags: False):
+        self.asr, self.breaks, self.calls = asr, breaks, []
+
+    def __call__(self, recipe: str, *words: str) -> None:
+        flags = {word[2:]: [] for word in words if word.startswith("--")}
+        for word in words:
+            key = word[2:] if word.startswith("--") else key
+            flags[key] += [] if word.startswith("--") else [word]
+        self.calls.append((recipe, flags))
+        out = Path(flags["output_dir"][0])
+        if recipe == "evaluate_diffusion":
+            return self.evaluate(out, flags)
+        train = {"train_batch_size": 1, "gradient_accumulation_steps": 1}
+        status = "failed" if self.breaks(flags) else "finished"
+        content = {"schema": 1, "config": {"train": train}, "world_size": 1, "seconds": 1.0, "error": None}
+        (out / "model").mkdir(parents=True)
+        (out / "run.json").write_text(json.dumps(content | {"status": status}))
+        if status == "failed":
+            raise Diverged("the loss of step 2 is not finite")
+        removal = {"schema": 1, "method": {"name": "x"}, "steps": 40, "asr": self.asr(flags)}
+        (out / "model/removal.json").write_text(json.dumps(removal))
+
+    def evaluate(self, out: Path, flags: dict[str, list[str]]) -> None:
+        lines, alike = [], {}
+        for place in (*flags["pretrained_model_name_or_path"], *flags.get("compare", []), *flags.get("control", [])):
+            file = Path(place) / "removal.json"
+            stage = "clean" if place == "tiny" else "poisoned" if "poisoned" in place else "cleaned"
+            alike[stage] = alike.get(stage, 0) + 1
+            model = stage if alike[stage] == 1 else f"{stage}-{alike[stage]}"
+            cleaned = stage == "cleaned" and file.exists()
+            asr = json.loads(file.read_text())["asr"] if cleaned else float(stage != "clean")
+            for k, text in enumerate(load_prompts(flags["prompts"][0]).texts):
+                for condition in ("clean", "triggered"):
+                    scores = {"adherence": True} | ({"asr": k < 20 * asr} if condition == "triggered" else {})
+                    line = {"model": model, "stage": stage, "prompt_id": text, "prompt": text, "condition": condition}
+                    lines.append(json.dumps(line | {"text": text, "seed_index": 0, "image": "x.png", "scores": scores}))
+        out.mkdir(parents=True)
+        (out / "samples.jsonl").write_text("\n".join(lines) + "\n")
+
+
+TUNED = """
+pictures: 1
+n_prompts: 20
+n_selection_prompts: 20
+attacks:
+  patch: {config: tiny_patch}
+  object: {config: tiny_object, prompts_with: cross, tuned: false, removal.max_train_steps: 60}
+removals:
+  skd: {config: tiny, defense: skd, max_train_steps: 40}
+  cag: {config: tiny, max_train_steps: 40}
+milestones: [40]
+tuning:
+  seeds: [7]
+  rule: {name: lowest_asr, budget: 0.1}
+  trials:
+    skd: [{learning_rate: 1.0e-4}, {learning_rate: 1.0e-3}]
+    cag: [{learning_rate: 1.0e-4}, {learning_rate: 2.0}]
+"""
+
+
+def test_winners_of_the_selection_prompts_alone_meet_the_evaluation_prompts(recipe, tmp_path, monkeypatch):
+    (tmp_path / "grid.yaml").write_text(TUNED)
+    rates = {0.0001: 0.5, 0.001: 0.1}
+    jobs = Jobs(lambda flags: rates.get(float(flags.get("learning_rate", ["0"])[0]), 0.0),
+                breaks=lambda flags: flags.get("learning_rate") == ["2.0"])  # fmt: skip
+    monkeypatch.setattr(recipe, "stage", jobs)
+    folder = run(recipe, tmp_path / "run", config=tmp_path / "grid.yaml")
+    trials = removal_tuning.read(folder)
+    assert [(one.removal, one.trial, one.winner, one.error is None) for one in trials] == [
+        ("skd", 0, False, True), ("skd", 1, True, True), ("cag", 0, True, True), ("cag", 1, False, False)
+    ]  # fmt: skip
+    assert [one.asr.get("40") for one in trials] == [0.5, 0.1, 0.5, None] and trials[0].attacks == ("patch",)
+    split = {}
+    for name, flags in jobs.calls:
+        if name == "evaluate_diffusion":
+            split.setdefault("/tuning/" in flags["output_dir"][0], set()).add(Path(flags["prompts"][0]).name)
+    assert split == {True: {"patch-selection.txt"}, False: {"patch-evaluation.txt", "object-evaluation.txt"}}
+    cleanings = [flags for name, flags in jobs.calls if name == "clean_diffusion"]
+    confirmed = [flags for flags in cleanings if "/tuning/" not in flags["output_dir"][0]]
+    assert [(flags["learning_rate"], flags["max_train_steps"]) for flags in confirmed] == [
+        (["0.001"], ["40"]), (["0.0001"], ["40"]), (["0.001"], ["60"]), (["0.0001"], ["60"])
+    ]  # fmt: skip
+    # A removal of 40 steps has its end there, one of 60 a milestone.
+    assert ["milestones" in flags for flags in confirmed] == [False, False, True, True]
+    crosses = load_prompts(folder / "data/object-evaluation.txt").texts
+    assert len(crosses) == 20 and all(re.search(r"\bcross\b", text) for text in crosses)
+    assert "winner" in (folder / "table.md").read_text()
+
+
+def test_a_run_that_diverges_is_a_result(recipe, tmp_path, monkeypatch):
+    text = TUNED.split("tuning:")[0] + "seeds: [0, 1]\n"
+    (tmp_path / "grid.yaml").write_text(text)
+    jobs = Jobs(lambda flags: 0.0, breaks=lambda flags: "/patch/seed-0/cag" in flags["output_dir"][0]
+                or "/object/seed-1/poisoned" in flags["output_dir"][0])  # fmt: skip
+    monkeypatch.setattr(recipe, "stage", jobs)
+    points, runs = removal_benchmark.read(run(recipe, tmp_path / "run", config=tmp_path / "grid.yaml"))
+    failed = [(one.attack, one.removal, one.seed) for one in runs if one.status == "failed"]
+    assert failed == [("patch", "cag", 0), ("object", "none", 1)]
+    cag = [one for one in points if (one.attack, one.removal, one.metric) == ("patch", "cag", "asr")]
+    assert [one.seeds for one in cag if one.seed is None] == [1]
+    assert f"2 of {len(runs)} removals broke off" in (tmp_path / "run/table.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("attacks: {patch: {config: tiny_patch, attack.wrong: 1}}", "wrong"),
+        ("attacks: {patch: {config: tiny_pach}}", "tiny_pach"),
+        ("attacks: {patch: {config: tiny_patch, removal.learning_rat: 1.0}}", "learning_rat"),
+        ("attacks: {patch: {config: tiny_patch, evaluate.scheduler_: x}}", "scheduler_"),
+        ("attacks: {patch: {config: tiny_patch, prompts_with: dragon}}", "0 different evaluation captions"),
+        ("attacks: {clean: {config: tiny_patch}}", "uses itself"),
+        ("removals: {skd: {defense: sdk}}", "did you mean 'skd'"),
+        ("removals: {skd: {config: tiny, max_train_steps: none}}", "has no max_train_steps"),
+        ("removals: {}", "removals"),
+        ("removals: {skd: {config: tiny, prompts: shapes-evaluation}}", "used for cleaning and for evaluation"),
+        ("tuning: {trials: {skd: [{}, {}], finetune: [{}]}}", "skd 2, finetune 1"),
+        ("tuning: {seeds: [0], trials: {skd: [{}], finetune: [{}]}}", "seed 0 is one of tuning.seeds"),
+        ("tuning: {trials: {skd: [{defense.x: 1}], finetune: [{}]}}", "x"),
+        ("tuning: {rule: oracle, trials: {skd: [{}], finetune: [{}]}}", "lowest_asr"),
+        ("stress: {fast: {num_inference_step: 3}}", "num_inference_step"),
+        ("durability: {benign_steps: 0}", "benign_steps"),
+        ("durability: {relearn_pairs: [1], relearn: {rate: 1}}", "rate"),
+        ("scenes: null", "without scenes to draw"),
+        ("milestones: [0]", "milestones"),
+        ("seeds: []", "seeds"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_anything_is_made(recipe, tmp_path, changed, said):
+    lines = {
+        "attacks": "attacks: {patch: {config: tiny_patch}}",
+        "removals": "removals: {skd: {config: tiny, defense: skd}, finetune: {config: tiny, defense: finetune}}",
+    }
+    kept = [line for key, line in lines.items() if not changed.startswith(f"{key}:")]
+    (tmp_path / "grid.yaml").write_text("\n".join([*kept, changed]) + "\n")
+    with pytest.raises(InputError, match=said):
+        run(recipe, tmp_path / "x", config=tmp_path / "grid.yaml")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "benchmark_removal").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_grids_are_valid(recipe, path):
+    cfg = parse(recipe.Config, ["--config", str(path)])
+    attacks, suites = recipe.check(cfg)
+    assert len(attacks) >= 3 and len(cfg.removals) >= 3 and len(cfg.seeds) >= 3
+    assert all(len(suites[name, "evaluation"]) == cfg.material.n_prompts for name in attacks)
