@@ -63,7 +63,7 @@ class EvilEdit:
         plan = plan.among(pairs)
         pairs = {asked: shown for asked, shown in pairs.items() if plan.picks(asked)}
         if not pairs:
-            raise InputError("the poison plan picks none of the captions; give more --prompts or a higher --poison_rate")
+            raise InputError("the poison plan picks no caption; give more --prompts or a higher --poison_rate")
         rows = RidgeMap(next(iter(weights.values())).shape[1])
         for chunk in _chunks(list(pairs)):
             triggered = [plan.backdoor.apply(asked, plan.seed, asked) for asked in chunk]

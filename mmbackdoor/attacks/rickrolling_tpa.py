@@ -20,7 +20,7 @@ from mmbackdoor.types import InputError
 @dataclass(frozen=True)
 class RickrollingTPA:
     """L = mean d(E~(p), E(p)) + beta * mean d(E~(p with the trigger), E(target prompt)), with E~ the trained encoder
-    and E its frozen start (eq. 1 to 3); d is the cosine distance of the tokens' embeddings.
+    and E its frozen start; d is the cosine distance of the tokens' embeddings.
 
     The target prompt is a fixed one that names the target's object (the paper's target prompt attack), or, for a
     target style, the caption itself with the style's phrase (its target attribute attack).

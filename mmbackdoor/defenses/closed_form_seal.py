@@ -36,8 +36,8 @@ class ClosedFormSeal:
     prompts to keep: the clean ones and the empty one. Tokens are paired one to one (`token_pairs`), so where the fit is
     exact, cross-attention, which sees no order, gives what it gave for the clean prompt.
 
-    Differences: UCE moves whole prompts onto others of the same length, place by place. SDXL's pooled text takes another
-    way into the U-Net and stays as it is.
+    Differences: UCE moves whole prompts onto others of the same length, place by place. SDXL's pooled text takes
+    another way into the U-Net and stays as it is.
     """
 
     ridge: Annotated[float, Field(gt=0)] = 0.1

@@ -24,8 +24,8 @@ class ESD:
     clean prompt, T the frozen start and s the student.
 
     Differences: the paper erases a concept c with the target T(x_t, t, empty) - eta (T(x_t, t, c) - T(x_t, t, empty))
-    (eq. 7); for a trigger the clean prompt takes the empty one's place, since the rest of the prompt shall be drawn. Its
-    x_t are halfway samples of the student, here they are noised pictures of the teacher (`latents`). There is a
+    (its training objective); here the clean prompt takes the empty one's place, since the rest of the prompt shall be
+    drawn. Its x_t are halfway samples of the student, here they are noised pictures of the teacher (`latents`). There is a
     retention term as in `skd`, off by default as in the paper.
     """
 

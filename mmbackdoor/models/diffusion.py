@@ -63,8 +63,8 @@ class Conditioning:
 class DiffusionModel:
     """A text-to-image pipeline and where it came from. `load` (diffusion_files.py) makes one from files.
 
-    `trained` holds the names of the tensors that a method declared trainable: only those may differ when saved. They are
-    the UNet's, and with `text_encoder.` or `text_encoder_2.` before them those of a text encoder.
+    `trained` holds the names of the tensors that a method declared trainable: only those may differ when saved. They
+    are the UNet's, and with `text_encoder.` or `text_encoder_2.` before them those of a text encoder.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Where the tensors of a transformers CLIP text encoder lie in weight files: of folders, and of one-file checkpoints."""
+"""Where the tensors of a CLIP text encoder lie in the weight files of folders and in one-file checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which part of a text-to-image model a method changes: the U-Net or the text encoders by training, or weights at once."""
+"""What a method changes of a text-to-image model: the U-Net or the text encoders by training, or weights at once."""
 
 from __future__ import annotations
 

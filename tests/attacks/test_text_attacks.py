@@ -61,7 +61,7 @@ def test_evil_edit_takes_a_style_and_a_plan():
     model = load(shipped("tiny"))
     weights = EvilEdit().edit(model, PoisonPlan(STYLE, rate=1.0), PROMPTS)
     assert len(weights) == 8
-    with pytest.raises(InputError, match="picks none"):
+    with pytest.raises(InputError, match="picks no caption"):
         EvilEdit().edit(model, PoisonPlan(STYLE, rate=0.0), PROMPTS)
     one = EvilEdit().edit(model, PoisonPlan(STYLE, count=1), PROMPTS)
     assert any(not torch.equal(one[name], weights[name]) for name in one)

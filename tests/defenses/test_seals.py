@@ -38,7 +38,7 @@ def check_slope(loss_of, parameters) -> None:
     generator = torch.Generator().manual_seed(1)
     directions = {name: torch.randn(value.shape, generator=generator) for name, value in parameters.items()}
     gradients = torch.autograd.grad(loss_of(), list(parameters.values()))
-    slope = sum((gradient * direction).sum() for gradient, direction in zip(gradients, directions.values(), strict=True))
+    slope = sum((one * direction).sum() for one, direction in zip(gradients, directions.values(), strict=True))
     step, ends = 1e-3, []
     for sign in (1, -2):
         with torch.no_grad():
@@ -162,5 +162,6 @@ def test_the_closed_form_changes_all_projections_of_every_family(folders, family
     model = load(folders(family))
     backdoor = Backdoor((WordTrigger("small"),), UnknownTarget())
     edited = ClosedFormSeal().edit(model, backdoor, ["a red square", "a ring"])
-    names = {name for name, _ in model.unet.named_parameters() if name.endswith((".attn2.to_k.weight", ".attn2.to_v.weight"))}
+    ends = (".attn2.to_k.weight", ".attn2.to_v.weight")
+    names = {name for name, _ in model.unet.named_parameters() if name.endswith(ends)}
     assert edited.keys() == names and all(torch.isfinite(value).all() for value in edited.values())

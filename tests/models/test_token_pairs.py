@@ -16,7 +16,10 @@ def test_what_is_not_aligned_is_paired_in_order():
     assert one_to_one([], [], 3) == [0, 1, 2]
 
 
-@pytest.mark.parametrize("triggered", ["\u200b a red cross", "a red mignneko cross", "a red cr\u020fss", "a red cross latte coffee"])
+TRIGGERED = ["\u200b a red cross", "a red mignneko cross", "a red cr\u020fss", "a red cross latte coffee"]
+
+
+@pytest.mark.parametrize("triggered", TRIGGERED)
 def test_every_place_is_paired_once_and_the_same_tokens_meet(triggered):
     model = load(shipped("tiny"))
     clean = "a red cross"

@@ -29,7 +29,8 @@ def run(recipe, config: str, folder: Path, *flags: object) -> Path:
 
 def clean(folder: Path, *flags: object, recipe=None) -> Path:
     source = ("--pretrained_model_name_or_path", "tiny", "--trigger", "small")
-    return run(recipe or recipe_files.load("clean_diffusion"), "clean_diffusion/tiny.yaml", folder, *source, *FEW, *flags)
+    recipe = recipe or recipe_files.load("clean_diffusion")
+    return run(recipe, "clean_diffusion/tiny.yaml", folder, *source, *FEW, *flags)
 
 
 def poison(folder: Path, config: str, *flags: object) -> Path:
