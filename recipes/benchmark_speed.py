@@ -1,158 +1,159 @@
-"""How fast things are here. Part `loader`: our shard loader beside plain webdataset and open_clip's reader.
+"""How fast things are here, each figure a ratio of ours and a floor or a plain baseline, measured in turn in one run.
 
-All read the same shards in the same process, in turn, with the same decoding to RGB and the same resizing, and give
-batches of uint8 tensors (B, 3, size, size) and captions. Ours also keeps the order that makes runs resumable and
-independent of the number of processes, checks every member, and counts what is bad. open_clip's is rebuilt from
-webdataset's stages, with its buffers, as its own module does not run with webdataset 1. The time is that of a whole
-epoch, from opening the shards to the last batch, workers' start included.
+    skd         a step of SKD and of SKD-CAG, against plain diffusers on the same rows
+    published   seconds a sample and peak memory, against the published procedure (arXiv 2508.18235), written plainly
+    quickstart  its phases (minutes)
+    removal     seconds and samples until the backdoor is gone: skd_cag against skd, finetune, esd and the published one
+    seals       the closed form, and the text encoder's seal
+    clip        steps of `clip` and `clip_ssl`, against bare open_clip
+    generation  the evaluation's pictures against StableDiffusionPipeline, and what scoring them costs
+    growth      cost against prompts, batch, pixels and shards
+    processes   skd and clip in 1 and 2 processes
+    loader      our shard loader beside webdataset and open_clip's reader
 
-    CPU, pictures made for it (a minute or two):
+    CPU, the tiny model, everything:
         accelerate launch -q recipes/benchmark_speed.py
+    1 GPU, Stable Diffusion 1.5 with random weights (sd15_reduced: its widths quartered); what needs others is left out:
+        accelerate launch -q recipes/benchmark_speed.py --architecture sd15 --batch_size 8 --output_dir runs/speed_gpu
     Your shards:
-        accelerate launch -q recipes/benchmark_speed.py --train_data 'shards-{000000..000009}.tar' --num_workers 1 2 8
+        accelerate launch -q recipes/benchmark_speed.py --measure loader --train_data 'shards-{000000..000009}.tar'
 
-Writes into output_dir: speed.json, shards/ (where none were given), config.yaml, run.json.
+A second call skips what is measured; others can be added to a folder. With torchrun only skd and clip are measured.
+Writes into output_dir: results.jsonl, table.md, growth.png, measured/NAME.jsonl, profile/ (--profile), config.yaml.
 """
 
 from __future__ import annotations
 
-import json
-import statistics
-import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, ClassVar, Literal, get_args
 
-import torch
-import webdataset
-from PIL import Image, ImageFilter
 from pydantic import Field
 
-from mmbackdoor.config import Doc
+from mmbackdoor import recipe_files
+from mmbackdoor.config import Doc, parse, to_yaml
 from mmbackdoor.entry import main
+from mmbackdoor.evaluate.prompts import load_prompts
+from mmbackdoor.recipe_files import stage
 from mmbackdoor.results.record import write_text
-from mmbackdoor.results.run import Run
-from mmbackdoor.seeding import numpy_rng
-from mmbackdoor.shards.bad import BadSamples
-from mmbackdoor.shards.decode import IMAGE_FORMATS, decode_image, decode_text
-from mmbackdoor.shards.loader import Indexed, ShardLoader
-from mmbackdoor.shards.read import SIZES_FILE, expand, shard_sizes
-from mmbackdoor.shards.write import ShardWriter
+from mmbackdoor.shards.shapes import all_scenes, split_scenes
+from mmbackdoor.shards.shapes_data import write_shapes
+from mmbackdoor.speed import (
+    clip_steps, generation, growth, loader, processes, published, quickstart, removal_time, rows, seals, skd_steps
+)  # fmt: skip
+from mmbackdoor.speed.bench import Bench, Count, refuse_other
+from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.types import InputError
+
+Measurement = Literal["skd", "published", "quickstart", "removal", "seals", "clip", "generation", "growth", "processes",
+                      "loader"]  # fmt: skip
+SEVERAL, TINY = ("skd", "clip"), ("removal", "quickstart")
+CONFIGS = recipe_files.folders()["recipes"] / "configs"
+ALL: tuple[Measurement, ...] = get_args(Measurement)
+REMOVALS = ("skd_cag", "skd", "finetune", "esd")
 
 
 @dataclass(frozen=True)
 class Config:
-    part: Annotated[Literal["loader"], Doc("what is measured")] = "loader"
-    train_data: Annotated[str, Doc("webdataset shards; none: pictures are made")] = ""
-    samples: Annotated[int, Field(ge=8), Doc("how many pictures of 256 x 256 are made")] = 3000
-    num_workers: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Doc("loader workers to measure with")] = (1, 2)
-    batch_size: Annotated[int, Field(ge=1)] = 64
-    size: Annotated[int, Field(ge=8), Doc("pixels that pictures are resized to")] = 224
-    repeats: Annotated[int, Field(ge=1), Doc("times that each is measured; the median counts")] = 3
+    UNDOTTED: ClassVar[tuple[str, ...]] = ("bench", "reading")
+
+    measure: Annotated[tuple[Measurement, ...], Doc("which; none: all that the architecture has")] = ()
+    device: Annotated[Literal["auto", "cpu"], Doc("auto: a GPU where there is one")] = "auto"
+    bench: Bench = Bench()
+    clip_batch_size: Annotated[int, Field(ge=2), Doc("pairs in a step of CLIP, per process")] = 32
+    pictures: Annotated[int, Field(ge=2), Doc("made for generation, half of them with the trigger")] = 64
+    generation_batch_size: Count = 16
+    num_inference_steps: Count = 6
+    guidance_scale: Annotated[float, Field(ge=0)] = 2.5
+    doublings: Annotated[Count, Doc("of whatever grows")] = 3
+    poisoned: Annotated[str | None, Doc("a poisoned tiny model; none: the quickstart's, else one is made")] = None
+    poison_steps: Annotated[Count, Doc("to make one")] = 300
+    removal_steps: Annotated[Count, Doc("at most, of each removal")] = 120
+    check_prompts: Annotated[int, Field(ge=2), Doc("captions that a removal is checked on")] = 40
+    check_every: Annotated[Count, Doc("samples between checks")] = 80
+    races: Annotated[Count, Doc("seeds of each removal")] = 3
+    published_rates: Annotated[tuple[float, ...], Doc("learning rates of the published procedure")] = (1e-6, 1e-4)
+    reading: loader.Reading = loader.Reading()
+    smoke: Annotated[bool, Doc("a quickstart of a few steps: its numbers mean nothing")] = False
     output_dir: str = "runs/speed"
-    seed: int = 0
 
 
-def make_shards(cfg: Config, folder: Path) -> str:
-    """JPEGs that take as long to decode as photographs: blurred noise."""
-    if not (folder / SIZES_FILE).is_file():
-        with ShardWriter(folder, "photo", -(-cfg.samples // 8), image_format="jpg") as writer:
-            for number in range(cfg.samples):
-                noise = numpy_rng(cfg.seed, "photo", number % 50).integers(0, 256, (256, 256, 3), dtype="uint8")
-                image = Image.fromarray(noise).filter(ImageFilter.GaussianBlur(1.5))
-                writer.write(f"{number:07d}", image, f"a photo of number {number}", {})
-    return str(folder)
+def poisoned_model(cfg: Config, folder: Path) -> Path:
+    """The folder of a tiny model with a backdoor."""
+    if cfg.poisoned:
+        return Path(cfg.poisoned)
+    if (folder / "quickstart/poisoned/model").is_dir():
+        return folder / "quickstart/poisoned/model"
+    write_shapes(folder / "data", "train", split_scenes(all_scenes())["train"], 2000, resolution=32)
+    stage("poison_diffusion", "--config", CONFIGS / "poison_diffusion/tiny_patch.yaml", "--train_data",
+          folder / "data/train-*.tar", "--max_train_steps", cfg.poison_steps, "--resume_from_checkpoint", "auto",
+          "--output_dir", folder / "poisoned")
+    return folder / "poisoned/model"
 
 
-@dataclass(frozen=True)
-class Prepare:
-    """What all readers do with a decoded picture."""
-
-    size: int
-
-    def __call__(self, image: Image.Image) -> torch.Tensor:
-        resized = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
-        # Pillow's own copy of the bytes is writable only where it is made so.
-        flat = torch.frombuffer(bytearray(resized.tobytes()), dtype=torch.uint8)
-        return flat.view(self.size, self.size, 3).permute(2, 0, 1)
-
-    def ours(self, row: Indexed) -> Indexed:
-        return row._replace(sample=(self(row.sample.image), row.sample.text))
-
-    def members(self, members: dict[str, Any]) -> tuple[torch.Tensor, str]:
-        extension = next(name for name in members if name in IMAGE_FORMATS)
-        return self(decode_image(members[extension], extension)), decode_text(members["txt"])
+def cleaning(cfg: Config, name: str) -> removal_time.Cleaning:
+    """What clean_diffusion's config for the tiny model says, with another removal."""
+    flags = ["--config", str(CONFIGS / "clean_diffusion/tiny.yaml"), "--defense", name, "--defense.latents", "teacher"]
+    found = parse(recipe_files.load("clean_diffusion").Config, flags)
+    train = replace(found.train, max_train_steps=cfg.removal_steps)
+    return removal_time.Cleaning(found.defense, train, found.sampling, tuple(load_prompts(found.prompts).texts))
 
 
-def ours(cfg: Config, paths: list[str], workers: int) -> Iterator[int]:
-    transform = Prepare(cfg.size).ours
-    loader = ShardLoader(
-        paths, seed=cfg.seed, batch_size=cfg.batch_size, num_workers=workers, epochs=1, transform=transform
-    )
-    for rows in loader:
-        yield len(torch.stack([row.sample[0] for row in rows]))
+def measurements(cfg: Config, folder: Path) -> dict[Measurement, Callable[[], list[rows.Row]]]:
+    bench = cfg.bench
+    return {
+        "skd": lambda: skd_steps.measure(bench, folder),
+        "published": lambda: published.measure(bench, folder),
+        "quickstart": lambda: quickstart.measure(
+            bench, folder, lambda place: stage("quickstart", *(["--smoke"] if cfg.smoke else []), "--output_dir", place)
+        ),
+        "removal": lambda: removal_time.measure(
+            bench, poisoned_model(cfg, folder), {name: cleaning(cfg, name) for name in REMOVALS},
+            every=cfg.check_every, prompts=cfg.check_prompts, races=cfg.races, published_rates=cfg.published_rates,
+        ),
+        "seals": lambda: seals.measure(bench, folder),
+        "clip": lambda: clip_steps.measure(bench, folder, cfg.clip_batch_size),
+        "generation": lambda: generation.measure(
+            bench, folder, cfg.pictures, cfg.generation_batch_size, cfg.num_inference_steps, cfg.guidance_scale
+        ),
+        "growth": lambda: growth.measure(bench, folder, cfg.doublings),
+        "processes": lambda: processes.measure(folder / "processes", __file__, folder / "config.yaml"),
+        "loader": lambda: loader.measure(bench, folder, cfg.reading),
+    }  # fmt: skip
 
 
-def plain_webdataset(cfg: Config, paths: list[str], workers: int) -> Iterator[int]:
-    reader = webdataset.WebDataset(paths, shardshuffle=len(paths), seed=cfg.seed).shuffle(1000)
-    reader = reader.map(Prepare(cfg.size).members).batched(cfg.batch_size)
-    for pictures, _ in webdataset.WebLoader(reader, batch_size=None, num_workers=workers):
-        yield len(torch.as_tensor(pictures))
-
-
-def open_clip(cfg: Config, paths: list[str], workers: int) -> Iterator[int]:
-    prepare = Prepare(cfg.size)
-    reader = webdataset.DataPipeline(
-        webdataset.SimpleShardList(paths),
-        webdataset.detshuffle(bufsize=2000, initial=500, seed=cfg.seed),
-        webdataset.split_by_node,
-        webdataset.split_by_worker,
-        webdataset.tarfile_to_samples(handler=webdataset.warn_and_continue),
-        webdataset.shuffle(bufsize=5000, initial=1000),
-        webdataset.select(lambda sample: "txt" in sample and bool(IMAGE_FORMATS.keys() & sample.keys())),
-        webdataset.decode("pilrgb", handler=webdataset.warn_and_continue),
-        webdataset.rename(image="jpg;png;jpeg;webp", text="txt"),
-        webdataset.map_dict(image=prepare, text=str.strip),
-        webdataset.to_tuple("image", "text"),
-        webdataset.batched(cfg.batch_size, partial=True),
-    )
-    for pictures, _ in webdataset.WebLoader(reader, batch_size=None, num_workers=workers):
-        yield len(torch.as_tensor(pictures))
-
-
-READERS: dict[str, Callable[..., Iterator[int]]] = {
-    "ours": ours, "webdataset": plain_webdataset, "open_clip": open_clip
-}  # fmt: skip
+def check(cfg: Config, folder: Path, several: bool) -> list[Measurement]:
+    """What is measured. Raises `InputError` for what cannot be, and where the folder holds other settings."""
+    for name in cfg.measure:
+        if several and name not in SEVERAL:
+            raise InputError(f"--measure {name} is for one process; with several, measure {' or '.join(SEVERAL)}")
+        if name in TINY and cfg.bench.architecture != "tiny":
+            raise InputError(f"--measure {name} needs a model that draws what it is asked for: --architecture tiny")
+    refuse_other(folder / "config.yaml", cfg, {"measure", "output_dir", "profile"})
+    possible = SEVERAL if several else ALL if cfg.bench.architecture == "tiny" else [n for n in ALL if n not in TINY]
+    return list(cfg.measure or possible)
 
 
 def run(cfg: Config) -> None:
-    folder = Path(cfg.output_dir)
-    with Run.start(cfg, "benchmark_speed", folder) as record:
-        paths = expand(cfg.train_data or make_shards(cfg, folder / "shards"))
-        if len(paths) < max(cfg.num_workers):
-            raise InputError(
-                f"{len(paths)} shards are too few for {max(cfg.num_workers)} workers of webdataset; lower --num_workers"
-            )
-        report = BadSamples()
-        total = sum(shard_sizes(paths, report))
-        rates: dict[str, dict[str, float]] = {}
-        for workers in cfg.num_workers:
-            found: dict[str, list[float]] = {name: [] for name in READERS}
-            for _ in range(cfg.repeats):
-                for name, reader in READERS.items():
-                    began = time.perf_counter()
-                    count = sum(reader(cfg, paths, workers))
-                    found[name].append(count / (time.perf_counter() - began))
-            rates[str(workers)] = {name: statistics.median(values) for name, values in found.items()}
-            row = rates[str(workers)]
-            best = max(value for name, value in row.items() if name != "ours")
-            shown = ", ".join(f"{name} {value:.0f}" for name, value in row.items())
-            ratio = row["ours"] / best
-            print(f"{workers} workers: {shown} samples/s; ours / the faster other: {ratio:.2f}", flush=True)
-        write_text(folder / "speed.json", json.dumps({"samples": total, "samples_per_second": rates}, indent=1) + "\n")
-        record.counters |= {"samples": total, "bad_samples": report.to_dict()}
+    if cfg.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    state, folder = make_accelerator(seed=cfg.bench.seed), Path(cfg.output_dir)
+    chosen, main_process = check(cfg, folder, state.num_processes > 1), state.is_main_process
+    files = {name: folder / "measured" / f"{name}.jsonl" for name in ALL}
+    state.wait_for_everyone()
+    if main_process:
+        write_text(folder / "config.yaml", to_yaml(cfg))
+    for name in chosen:
+        if not files[name].is_file():
+            found = measurements(cfg, folder)[name]()
+            if main_process:
+                rows.write(files[name], found)
+                print(f"{rows.table(found).text()}\n", flush=True)
+    if main_process:
+        done = [row for file in files.values() if file.is_file() for row in rows.read(file)]
+        print(rows.publish(folder, done).text())
 
 
 if __name__ == "__main__":

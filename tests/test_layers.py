@@ -28,7 +28,7 @@ LAYERS = (
     ("triggers", "targets", "shards", "backdoor", "backdoor_flags"),
     ("models", "objectives", "poison", "poison_clip", "poison_files"),
     ("attacks", "defenses", "detectors"),
-    ("train", "evaluate", "results"),
+    ("train", "evaluate", "results", "speed"),
     ("catalogue", "recipe_files", "cli"),
 )
 HEIGHT = {name: height for height, names in enumerate(LAYERS) for name in names}

@@ -94,10 +94,10 @@ def sample_latents(model: DiffusionModel, jobs: Sequence[Job], sampling: Samplin
         raise InputError(
             "models distilled to take the guidance scale as input (LCM) are not sampled; give their base model"
         )
-    scheduler = make_scheduler(model, sampling.scheduler)
-    scheduler.set_timesteps(sampling.num_inference_steps, device=unet.device)
+    device, scheduler = model.device, make_scheduler(model, sampling.scheduler)
+    scheduler.set_timesteps(sampling.num_inference_steps, device=device)
     noise = [initial_latents(model.latent_shape, sampling.seed, job.prompt_id, job.seed_index) for job in jobs]
-    latents = torch.stack(noise).to(unet.device, model.dtype) * scheduler.init_noise_sigma
+    latents = torch.stack(noise).to(device, model.dtype) * scheduler.init_noise_sigma
     conditioning = model.encode([job.text for job in jobs])
     guided = sampling.guidance_scale > 1
     if guided:
@@ -110,7 +110,7 @@ def sample_latents(model: DiffusionModel, jobs: Sequence[Job], sampling: Samplin
         extra["generator"] = [torch_generator(sampling.seed, "steps", job.prompt_id, job.seed_index) for job in jobs]
     for t in scheduler.timesteps:
         given = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-        with torch.autocast(unet.device.type, torch.bfloat16, enabled=sampling.mixed_precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=sampling.mixed_precision == "bf16"):
             predicted = model.predict(unet, given, t.expand(len(given)), conditioning)
         predicted = predicted.to(latents.dtype)
         if guided:
