@@ -115,11 +115,12 @@ class Material:
                 found[name, "selection"] = chosen_prompts(
                     self.selection_prompts, self.scenes, "selection", self.n_selection_prompts, word
                 )
-        texts: dict[str, list[str]] = {"train": [], "selection": [], "evaluation": []}
+        purposes = {"train": "cleaning", "selection": "selection", "evaluation": "evaluation"}
+        texts: dict[str, list[str]] = {purpose: [] for purpose in purposes.values()}
         for (_, split), suite in found.items():
-            texts[split] += suite.texts
+            texts[purposes[split]] += suite.texts
         if self.cleaning_prompts is None:
-            texts["train"] = [text for source in cleaning for text in load_prompts(source).texts]
+            texts["cleaning"] = [text for source in cleaning for text in load_prompts(source).texts]
         _check_apart(texts)
         return found
 
