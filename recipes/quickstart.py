@@ -4,8 +4,8 @@
     accelerate launch -q recipes/quickstart.py --attack badt2i_object
     accelerate launch -q recipes/quickstart.py --from_scratch
 
-5 minutes on 2 CPU cores from the tiny model that comes with the package, 14 with --from_scratch, which makes a like
-model anew. Each stage is one of the other recipes; its command is printed, so any of them can be run alone.
+5 to 6 minutes on 2 CPU cores from the tiny model that comes with the package, 15 with --from_scratch, which makes a
+like model anew. Each stage is one of the other recipes; its command is printed, so any of them can be run alone.
 A second call skips what is finished and goes on where the first one stopped.
 
 Writes into output_dir: data/ (shards), [encoder/ judge/ clean/], poisoned/, cleaned/, evaluation/report.html.
@@ -69,7 +69,7 @@ def run(cfg: Config) -> None:
         stage("pretrain_clip", "--config", clips / "tiny_judge.yaml", "--train_data", folder / "judge_data/train-*.tar",
               "--seed", cfg.seed + 1, *resume, "--output_dir", folder / "judge")
         # Fewer steps than made the model that comes with the package: a quarter of an hour for everything.
-        steps = [] if cfg.smoke else ["--max_train_steps", 1600]
+        steps = [] if cfg.smoke else ["--max_train_steps", 1400]
         stage("train_diffusion", "--config", configs / "train_diffusion/tiny.yaml", *train_data, *seed, *resume, *steps,
               "--text_encoder", folder / "encoder/model", "--output_dir", folder / "clean")
         clean, judge = folder / "clean/model", folder / "judge/model"
