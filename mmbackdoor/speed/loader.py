@@ -42,7 +42,7 @@ class Reading:
     train_data: Annotated[str, Doc("webdataset shards; none: pictures are made")] = ""
     samples: Annotated[int, Field(ge=8), Doc("how many pictures of 256 x 256 are made")] = 3000
     num_workers: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Doc("loader workers to measure with")] = (1, 2)
-    batch_size: Annotated[int, Field(ge=1)] = 64
+    loader_batch_size: Annotated[int, Field(ge=1)] = 64
     size: Annotated[int, Field(ge=8), Doc("pixels that pictures are resized to")] = 224
 
 
@@ -79,7 +79,7 @@ class Prepare:
 
 def ours(reading: Reading, seed: int, paths: list[str], workers: int) -> Iterator[int]:
     loader = ShardLoader(
-        paths, seed=seed, batch_size=reading.batch_size, num_workers=workers, epochs=1,
+        paths, seed=seed, batch_size=reading.loader_batch_size, num_workers=workers, epochs=1,
         transform=Prepare(reading.size).ours,
     )  # fmt: skip
     for rows in loader:
@@ -88,7 +88,7 @@ def ours(reading: Reading, seed: int, paths: list[str], workers: int) -> Iterato
 
 def plain_webdataset(reading: Reading, seed: int, paths: list[str], workers: int) -> Iterator[int]:
     reader = webdataset.WebDataset(paths, shardshuffle=len(paths), seed=seed).shuffle(1000)
-    reader = reader.map(Prepare(reading.size).members).batched(reading.batch_size)
+    reader = reader.map(Prepare(reading.size).members).batched(reading.loader_batch_size)
     for pictures, _ in webdataset.WebLoader(reader, batch_size=None, num_workers=workers):
         yield len(torch.as_tensor(pictures))
 
@@ -107,7 +107,7 @@ def open_clip(reading: Reading, seed: int, paths: list[str], workers: int) -> It
         webdataset.rename(image="jpg;png;jpeg;webp", text="txt"),
         webdataset.map_dict(image=prepare, text=str.strip),
         webdataset.to_tuple("image", "text"),
-        webdataset.batched(reading.batch_size, partial=True),
+        webdataset.batched(reading.loader_batch_size, partial=True),
     )
     for pictures, _ in webdataset.WebLoader(reader, batch_size=None, num_workers=workers):
         yield len(torch.as_tensor(pictures))

@@ -77,7 +77,7 @@ def test_what_cannot_be_measured_is_said_before_anything_is(recipe, tmp_path):
 
 
 def test_every_reader_reads_every_picture(made):
-    reading = loader.Reading(samples=64, num_workers=(1,), batch_size=16, size=32)
+    reading = loader.Reading(samples=64, num_workers=(1,), loader_batch_size=16, size=32)
     paths = expand(str(made / "shards"))
     for reader in loader.READERS.values():
         assert sum(reader(reading, 0, paths, 1)) == 64
