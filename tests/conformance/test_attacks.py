@@ -13,7 +13,7 @@ from mmbackdoor.models.provenance import check_provenance
 from tests.conformance import lab
 
 CASES: dict[str, tuple[str, ...]] = {
-    "badt2i_style": ("tiny_style.yaml",),
+    "badt2i_style": ("tiny_style.yaml", "--max_train_steps", "200"),
     # Half the steps of the config, at a higher rate: enough here, and half the time.
     "badt2i_object": ("tiny_object.yaml", "--max_train_steps", "260", "--learning_rate", "7e-4"),
     "evil_edit": ("tiny_evil_edit.yaml",),
