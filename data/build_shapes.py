@@ -83,17 +83,7 @@ def draw_pairs(cfg: Config) -> None:
         raise InputError(f"--splits {' '.join(cfg.splits)} is empty or names something twice; give each once")
     for split in cfg.splits:
         count = sample_count(cfg, split)
-        shards = write_pairs(
-            cfg.output_dir,
-            split,
-            count,
-            cfg.resolution,
-            cfg.seed,
-            cfg.samples_per_shard,
-            cfg.image_format,
-            cfg.workers,
-            cfg.overwrite,
-        )
+        shards = write_pairs(cfg.output_dir, split, count, *drawing(cfg))
         print(f"{split}: {count} pictures in {len(shards)} shards")
     write_pairs_card(cfg.output_dir, cfg.splits, cfg.resolution, cfg.seed, cfg.image_format)
 
@@ -105,6 +95,11 @@ def sample_count(cfg: Config, split: str) -> int:
         "evaluation": cfg.evaluation_samples,
     }
     return counts[split]
+
+
+def drawing(cfg: Config) -> tuple[int, int, int, str, int, bool]:
+    """What `write_shapes` and `write_pairs` take alike, in their order."""
+    return cfg.resolution, cfg.seed, cfg.samples_per_shard, cfg.image_format, cfg.workers, cfg.overwrite
 
 
 def draw_shapes(cfg: Config) -> None:
@@ -126,18 +121,7 @@ def draw_shapes(cfg: Config) -> None:
     )
     for split in cfg.splits:
         count = sample_count(cfg, split)
-        shards = write_shapes(
-            cfg.output_dir,
-            split,
-            scenes[split],
-            count,
-            cfg.resolution,
-            cfg.seed,
-            cfg.samples_per_shard,
-            cfg.image_format,
-            cfg.workers,
-            cfg.overwrite,
-        )
+        shards = write_shapes(cfg.output_dir, split, scenes[split], count, *drawing(cfg))
         print(f"{split}: {count} pictures of {len(scenes[split])} combinations in {len(shards)} shards")
     if cfg.class_samples:
         folder = write_shapes_classes(

@@ -4,10 +4,10 @@ A variational autoencoder (Kingma and Welling 2014, arXiv 1312.6114) as in laten
 2112.10752): reconstruction error + kl_weight * KL. `scaling_factor` in its config becomes 1 / standard deviation of
 the latents, so a diffusion model that was trained on the old latents has to be trained anew.
 
-    CPU, the autoencoder of the small text-to-image model (2 cores, a few minutes):
-        python data/build_shapes.py --resolution 64 --output_dir shapes64
+    CPU, the autoencoder of the small text-to-image model (one core, 10 minutes):
+        python data/build_shapes.py --scenes pairs --resolution 64 --output_dir pairs
         accelerate launch -q recipes/train_autoencoder.py --config recipes/configs/train_autoencoder/small.yaml \\
-            --train_data 'shapes64/train-*.tar' --output_dir runs/autoencoder
+            --train_data 'pairs/train-*.tar' --output_dir runs/autoencoder
     1 GPU:
         accelerate launch -q recipes/train_autoencoder.py --pretrained_model_name_or_path FOLDER --resolution 256 \\
             --train_data 'shards-{000000..000099}.tar' --learning_rate 1e-5 --mixed_precision bf16 --use_ema

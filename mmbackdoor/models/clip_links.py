@@ -20,6 +20,7 @@ OPEN_CLIP_BLOCK = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
+"""open_clip's names of the parts of a block, and those of transformers; attention's projections are fused."""
 TIMM_BLOCK = {
     "norm1": "layer_norm1",
     "norm2": "layer_norm2",

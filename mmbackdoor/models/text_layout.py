@@ -8,19 +8,11 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor
 
+from mmbackdoor.models.clip_links import OPEN_CLIP_BLOCK
 from mmbackdoor.types import InputError
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 """Their names in a pipeline; SDXL has both."""
-OPEN_CLIP_BLOCK = {
-    "ln_1": "layer_norm1",
-    "ln_2": "layer_norm2",
-    "mlp.c_fc": "mlp.fc1",
-    "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
-}
-"""open_clip's names of the parts of a block, and those of transformers; attention's projections are fused."""
-
 _TRANSFORMERS = {
     "text_encoder": (
         "cond_stage_model.transformer.text_model.",

@@ -49,6 +49,8 @@ def write_drawn(
     draw: Draw,
     settings_file: str,
     settings: Mapping[str, Any],
+    resolution: int,
+    seed: int = 0,
     captions: Sequence[str] | None = None,
     samples_per_shard: int = 1000,
     image_format: str = "png",
@@ -56,12 +58,20 @@ def write_drawn(
     overwrite: bool = False,
 ) -> list[Path]:
     """Write samples 0 to `count` as `folder/split-000000.tar`, ...; `captions-split.txt` (`captions`, or the samples'
-    own); and `settings` into `settings_file`. The shards' paths.
+    own); and what decides the pictures, `settings` with the arguments that do, into `settings_file`. The shards' paths.
 
     `draw` gives the samples of some numbers, and can be pickled. A split that was written with the same settings
     before is left as it is; raises `InputError` where it was written with others, unless `overwrite`.
     """
     shards = [folder / f"{split}-{number:06d}.tar" for number in range(-(-count // max(1, samples_per_shard)))]
+    settings = {
+        "count": count,
+        "resolution": resolution,
+        "seed": seed,
+        "samples_per_shard": samples_per_shard,
+        "image_format": image_format,
+        **settings,
+    }
     known = _known_settings(folder / settings_file)
     if known.get(split) == settings and all(shard.is_file() for shard in shards) and not overwrite:
         return shards

@@ -84,14 +84,7 @@ def write_pairs(
             f"{count} pictures of {resolution} pixels for the split {split!r} are impossible; give at least one "
             "picture and 8 pixels"
         )
-    settings = {
-        "count": count,
-        "resolution": resolution,
-        "seed": seed,
-        "samples_per_shard": samples_per_shard,
-        "image_format": image_format,
-        "scenes_version": SCENES_VERSION,
-    }
+    settings = {"scenes_version": SCENES_VERSION}
     return write_drawn(
         Path(folder),
         split,
@@ -99,6 +92,8 @@ def write_pairs(
         partial(_samples, split, resolution, seed, image_format),
         SETTINGS_FILE,
         settings,
+        resolution,
+        seed,
         None,
         samples_per_shard,
         image_format,

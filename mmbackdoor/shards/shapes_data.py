@@ -103,11 +103,6 @@ def write_shapes(
             "give at least one picture, 8 pixels, and enough shapes and colours for the split's fraction"
         )
     settings = {
-        "count": count,
-        "resolution": resolution,
-        "seed": seed,
-        "samples_per_shard": samples_per_shard,
-        "image_format": image_format,
         "scenes": len(scenes),
         "scenes_sha256": hashlib.sha256("\n".join(scene.key for scene in scenes).encode()).hexdigest(),
     }
@@ -118,6 +113,8 @@ def write_shapes(
         partial(_samples, tuple(scenes), split, resolution, seed, image_format),
         SETTINGS_FILE,
         settings,
+        resolution,
+        seed,
         captions_of(scenes),
         samples_per_shard,
         image_format,

@@ -97,7 +97,7 @@ for family in ("sd", "sd2", "sdxl"):
     pipe.set_progress_bar_config(disable=True)
     image = pipe("a red square", num_inference_steps=1, output_type="np").images
     assert image.shape == (1, 16, 16, 3), image.shape
-    latents, timesteps, states, added, expected = torch.load(path + ".pt")
+    latents, timesteps, states, added, expected = torch.load(path + ".pt", weights_only=True)
     with torch.no_grad():
         output = pipe.unet(latents, timesteps, encoder_hidden_states=states, added_cond_kwargs=added or None).sample
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
