@@ -24,6 +24,7 @@ from pydantic import Field
 from tqdm import tqdm
 
 from mmbackdoor.config import Doc
+from mmbackdoor.models.cpu_attention import plain_attention
 from mmbackdoor.models.diffusion import Conditioning, DiffusionModel
 from mmbackdoor.seeding import torch_generator
 from mmbackdoor.types import Diverged, InputError
@@ -108,9 +109,10 @@ def sample_latents(model: DiffusionModel, jobs: Sequence[Job], sampling: Samplin
     if "generator" in inspect.signature(scheduler.step).parameters:
         # Schedulers that draw noise at every step draw it per sample: paired as the initial latents are.
         extra["generator"] = [torch_generator(sampling.seed, "steps", job.prompt_id, job.seed_index) for job in jobs]
+    precision = sampling.mixed_precision
     for t in scheduler.timesteps:
         given = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-        with torch.autocast(device.type, torch.bfloat16, enabled=sampling.mixed_precision == "bf16"):
+        with plain_attention(device, precision), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             predicted = model.predict(unet, given, t.expand(len(given)), conditioning)
         predicted = predicted.to(latents.dtype)
         if guided:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from mmbackdoor.models.cpu_attention import plain_attention
 from mmbackdoor.seeding import derive_seed
 from mmbackdoor.train.optim import Ema, TrainConfig, lr_scale
 from mmbackdoor.types import Diverged
@@ -58,7 +59,8 @@ def training_steps(
             # Ours draws nothing from the global generators; a library's dropout shall go on alike after a restart.
             torch.manual_seed(derive_seed(seed, "libraries", step, micro, accelerator.process_index))
             synchronise = micro + 1 == train.gradient_accumulation_steps or model is None
-            with nullcontext() if synchronise else accelerator.no_sync(model):
+            attention = plain_attention(accelerator.device, accelerator.mixed_precision)
+            with nullcontext() if synchronise else accelerator.no_sync(model), attention:
                 with accelerator.autocast():
                     losses = step_fn(batch)
                 micro_losses.append(losses)
