@@ -69,7 +69,7 @@ def run(cfg: Config) -> None:
         stage("pretrain_clip", "--config", clips / "tiny_judge.yaml", "--train_data", folder / "judge_data/train-*.tar",
               "--seed", cfg.seed + 1, *resume, "--output_dir", folder / "judge")
         # Fewer steps than made the model that comes with the package: a quarter of an hour for everything.
-        steps = [] if cfg.smoke else ["--max_train_steps", 1400]
+        steps = [] if cfg.smoke else ["--max_train_steps", 1600]
         stage("train_diffusion", "--config", configs / "train_diffusion/tiny.yaml", *train_data, *seed, *resume, *steps,
               "--text_encoder", folder / "encoder/model", "--output_dir", folder / "clean")
         clean, judge = folder / "clean/model", folder / "judge/model"
@@ -93,7 +93,7 @@ def run(cfg: Config) -> None:
     stage("clean_diffusion", "--config", configs / "clean_diffusion" / removal, "--defense", cfg.defense, *seed,
           *resume, *quick, *about, "--pretrained_model_name_or_path", folder / "poisoned/model",
           "--output_dir", folder / "cleaned")
-    amount = (8, 1) if cfg.smoke else (360, 2) if only_object else (600, 1)
+    amount = (8, 1) if cfg.smoke else (360, 2) if only_object else (520, 1)
     prompts = written("evaluation", amount[0])
     if cfg.smoke:
         quick += ["--near_prompts", 2]
