@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from mmbackdoor.models.compatible import check_pipeline
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from mmbackdoor.models.diffusion_files import Source
 
 CACHED_PROMPTS = 1024
-PLAIN_ATTENTION_PIXELS = 32 * 32
 
 
 @dataclass(frozen=True)
@@ -145,11 +143,6 @@ class DiffusionModel:
         self._cache.clear()
         for module in self._modules():
             module.to(device)
-        processors = self.unet.attn_processors.values()
-        if torch.device(device).type == "cpu" and all(type(processor) is AttnProcessor2_0 for processor in processors):
-            # On a CPU the backward pass of fused attention takes twice as long as the plain one, while maps are small.
-            if self.latent_shape[1] * self.latent_shape[2] <= PLAIN_ATTENTION_PIXELS:
-                self.unet.set_attn_processor(AttnProcessor())
         return self
 
     # -- text ---------------------------------------------------------------------------------------------------------

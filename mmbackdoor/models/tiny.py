@@ -16,7 +16,6 @@ from diffusers import (
     StableDiffusionPipeline,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 LATENT_SCALE = 0.1
@@ -59,10 +58,7 @@ def new_unet(config: str, seed: int, **sizes: int) -> UNet2DConditionModel:
     settings = json.loads(files("mmbackdoor.models").joinpath(f"configs/{config}.json").read_text())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        unet = UNet2DConditionModel(**settings, **sizes)
-    # Eager attention is faster than SDPA at this size on a CPU.
-    unet.set_attn_processor(AttnProcessor())
-    return unet
+        return UNet2DConditionModel(**settings, **sizes)
 
 
 def tiny_unet(text_width: int, seed: int) -> UNet2DConditionModel:

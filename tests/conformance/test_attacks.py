@@ -14,7 +14,7 @@ from tests.conformance import lab
 
 CASES: dict[str, tuple[str, ...]] = {
     "badt2i_style": ("tiny_style.yaml", "--max_train_steps", "200"),
-    # Half the steps of the config, at a higher rate: enough here, and half the time.
+    # Half the steps of the config, at a higher rate: enough here, and half the time. Still the longest test of all.
     "badt2i_object": ("tiny_object.yaml", "--max_train_steps", "260", "--learning_rate", "7e-4"),
     "evil_edit": ("tiny_evil_edit.yaml",),
     "rickrolling_tpa": ("tiny_rickrolling.yaml",),
@@ -34,7 +34,9 @@ def data(tmp_path_factory):
     return lab.write_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("attack", CASES)
+@pytest.mark.parametrize(
+    "attack", [pytest.param(name, marks=pytest.mark.slow) if name == "badt2i_object" else name for name in CASES]
+)
 def test_attack_raises_the_hit_rate_and_keeps_clean_prompts(attack, data, tmp_path):
     config, *flags = CASES[attack]
     model = lab.poison(config, tmp_path / "poisoned", data, *flags)
