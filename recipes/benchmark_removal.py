@@ -94,7 +94,7 @@ def check(cfg: Config) -> tuple[dict[str, Attack], dict[tuple[str, Split], Suite
         cfg.tuning.check(list(cfg.removals), cfg.seeds, [name for name, one in attacks.items() if one.tuned])
     durability, sources = cfg.durability or Durability(), []
     for attack in attacks.values():
-        for more in ({}, durability.relearn if durability.relearn_pairs else {}):
+        for more in ({}, *(durability.relearn | {"poison_pairs": count} for count in durability.relearn_pairs)):
             parse(CONFIGS["poison_diffusion"], words("poison_diffusion", attack.poison | more))
         for sampling in ({}, *cfg.stress.values()):
             given = cfg.evaluate | attack.evaluate | sampling

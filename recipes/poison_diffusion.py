@@ -51,7 +51,7 @@ from mmbackdoor.train.poison_pairs import poison_pairs, with_pairs
 from mmbackdoor.train.session import Session, is_done
 from mmbackdoor.types import InputError
 
-
+TEXT_ONLY = (EvilEdit, RickrollingTPA)
 # Every letter occurs, so every lookalike has a place; each is short, so only a trigger that is itself too long is cut.
 PROBES = ("a photo of a dog", *"the quick brown fox jumps over the lazy dog".split())
 
@@ -76,6 +76,15 @@ class Config:
     output_dir: str = "runs/poisoned"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.poison_pairs is None:
+            return
+        if self.poison_rate != 1:
+            raise InputError("--poison_pairs and --poison_rate are two ways to say how much is poisoned; give one of them")
+        if isinstance(self.attack, TEXT_ONLY):
+            name = self.attack.name
+            raise InputError(f"--poison_pairs counts pictures, of which {name} needs none; give --poison_rate")
+
 
 def run(cfg: Config) -> None:
     accelerator = make_accelerator(cfg.train, cfg.seed, cfg.output_dir)
@@ -83,15 +92,11 @@ def run(cfg: Config) -> None:
     backdoor = cfg.mark.resolve()
     if backdoor is None:
         raise InputError("which backdoor? Give --trigger TEXT and a target, for instance --target_kind patch")
-    if cfg.poison_pairs is not None and cfg.poison_rate != 1:
-        raise InputError("--poison_pairs and --poison_rate are two ways to say how much is poisoned; give one of them")
     rate = cfg.poison_rate if cfg.poison_pairs is None else None
     plan = PoisonPlan(backdoor, rate, cfg.poison_pairs, cfg.seed)
     cfg.attack.check(plan)
     share = Share.of(accelerator, cfg.train)
-    text_only = isinstance(cfg.attack, EvilEdit | RickrollingTPA)
-    if text_only and cfg.poison_pairs is not None:
-        raise InputError(f"--poison_pairs counts pictures, of which {cfg.attack.name} needs none; give --poison_rate")
+    text_only = isinstance(cfg.attack, TEXT_ONLY)
     captions = load_prompts(cfg.prompts).texts if text_only else []
     data = Prompts(captions, share, cfg.seed) if text_only else open_shards(cfg.train_data, share, cfg.train, cfg.seed)
     with Run.start(cfg, "poison_diffusion", cfg.output_dir, accelerator) as record:

@@ -4,8 +4,8 @@
     accelerate launch -q recipes/quickstart.py --attack badt2i_object
     accelerate launch -q recipes/quickstart.py --from_scratch
 
-5 to 6 minutes on 2 CPU cores from the tiny model that comes with the package, 15 with --from_scratch, which makes a
-like model anew. Each stage is one of the other recipes; its command is printed, so any of them can be run alone.
+4 to 5 minutes on 2 CPU cores from the tiny model that comes with the package, 13 to 15 with --from_scratch, which makes
+a like model anew. Each stage is one of the other recipes; its command is printed, so any of them can be run alone.
 A second call skips what is finished and goes on where the first one stopped.
 
 Writes into output_dir: data/ (shards), [encoder/ judge/ clean/], poisoned/, cleaned/, evaluation/report.html.

@@ -208,6 +208,7 @@ def test_a_run_that_diverges_is_a_result(recipe, tmp_path, monkeypatch):
         ("stress: {fast: {num_inference_step: 3}}", "num_inference_step"),
         ("durability: {benign_steps: 0}", "benign_steps"),
         ("durability: {relearn_pairs: [1], relearn: {rate: 1}}", "rate"),
+        ("attacks: {word: {config: tiny_rickrolling}}\ndurability: {relearn_pairs: [1]}", "counts pictures"),
         ("scenes: null", "without scenes to draw"),
         ("milestones: [0]", "milestones"),
         ("seeds: []", "seeds"),
