@@ -35,8 +35,8 @@ def test_every_removal_is_tested():
     assert CASES.keys() | SEALS.keys() == DEFENSES.keys()
 
 
-def pictures(poisoned):
-    """Flags: one picture of the teacher for each prompt, made once for all removals."""
+def cheaply(poisoned):
+    """Flags: 8 rows a step, and one picture of the teacher for each prompt, made once for all removals."""
     return ("--latents_per_prompt", 1, "--latents_dir", poisoned.parent / "latents", "--train_batch_size", 8)
 
 
@@ -64,7 +64,7 @@ def before(poisoned):
 
 @pytest.mark.parametrize("defense", CASES)
 def test_removal_lowers_the_hit_rate_and_keeps_the_pictures(defense, poisoned, before, data, tmp_path):
-    flags = ("--defense", defense, "--max_train_steps", STEPS, *pictures(poisoned), *CASES[defense])
+    flags = ("--defense", defense, "--max_train_steps", STEPS, *cheaply(poisoned), *CASES[defense])
     if defense == "finetune":
         flags += ("--train_data", data)
     model = lab.clean(poisoned, tmp_path / "cleaned", *flags)
@@ -82,7 +82,7 @@ def test_removal_lowers_the_hit_rate_and_keeps_the_pictures(defense, poisoned, b
 def test_attention_guidance_alone_lowers_the_hit_rate(poisoned, before, tmp_path):
     """The published loss had no gradient: with it alone the released model fired on 50 of 50 prompts."""
     flags = ("--defense.prediction_weight", 0, "--defense.retention_weight", 0.5, "--defense.attention_weight", 1.0)
-    model = lab.clean(poisoned, tmp_path / "cleaned", "--max_train_steps", 60, *pictures(poisoned), *flags)
+    model = lab.clean(poisoned, tmp_path / "cleaned", "--max_train_steps", 60, *cheaply(poisoned), *flags)
     after = lab.rates(model, poisoned)
     assert after["asr_triggered"] <= 0.5 * before["asr_triggered"]
     assert after["adherence_clean"] >= before["adherence_clean"] - 0.15
@@ -120,7 +120,7 @@ def test_a_seal_cures_the_attack_on_its_own_part(defense, tmp_path):
 
 
 def test_only_the_declared_tensors_change(poisoned, tmp_path):
-    flags = ("--defense.trainable", "attn2_kv", "--max_train_steps", 2, *pictures(poisoned))
+    flags = ("--defense.trainable", "attn2_kv", "--max_train_steps", 2, *cheaply(poisoned))
     model = lab.clean(poisoned, tmp_path / "cleaned", *flags)
     original, cleaned = lab.tensors(poisoned), lab.tensors(model)
     changed = {name for name in original if not torch.equal(original[name], cleaned[name])}
