@@ -110,9 +110,10 @@ def sample_latents(model: DiffusionModel, jobs: Sequence[Job], sampling: Samplin
         # Schedulers that draw noise at every step draw it per sample: paired as the initial latents are.
         extra["generator"] = [torch_generator(sampling.seed, "steps", job.prompt_id, job.seed_index) for job in jobs]
     precision = sampling.mixed_precision
+    in_bf16 = precision == "bf16"
     for t in scheduler.timesteps:
         given = scheduler.scale_model_input(torch.cat([latents] * 2) if guided else latents, t)
-        with plain_attention(device, precision), torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with plain_attention(device, precision), torch.autocast(device.type, torch.bfloat16, enabled=in_bf16):
             predicted = model.predict(unet, given, t.expand(len(given)), conditioning)
         predicted = predicted.to(latents.dtype)
         if guided:

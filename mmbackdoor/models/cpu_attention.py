@@ -6,8 +6,8 @@
 
 It is made for maps of some hundred by some hundred positions: two matrix products and a softmax then take less time
 than torch's flash kernel for CPUs, forward and backward. Larger maps (they would have to be kept for the backward),
-other dtypes and other devices keep the kernel that torch chooses. Gradient checkpointing computes attention once more in
-the backward pass, so that must run inside, too.
+other dtypes and other devices keep the kernel that torch chooses. Gradient checkpointing computes attention once more
+in the backward pass, so that must run inside, too.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 
 from mmbackdoor.shards.bad import BadSamples, Problem
-from mmbackdoor.train import checkpoint
+from mmbackdoor.train import checkpoint, loop
 from mmbackdoor.train.optim import TrainConfig, lr_scale, total_steps
 from mmbackdoor.train.session import Session, is_done
 from mmbackdoor.types import InputError, RunFault
@@ -99,6 +100,31 @@ def test_a_stopped_run_ends_bit_equal(tmp_path, use_ema):
     assert [found.step for found in checkpoint.find(tmp_path / "killed")] == [4, 8]
     resumed, _ = finished(tmp_path / "killed", resume_from_checkpoint="latest", use_ema=use_ema, ema_decay=0.9)
     assert same(whole, resumed)
+
+
+def test_attention_is_plain_in_the_step_and_its_backward_alone(tmp_path, monkeypatch):
+    asked, inside, seen = set(), [False], []
+
+    @contextmanager
+    def watched(device, mixed_precision):
+        asked.add((device.type, mixed_precision))
+        inside[0] = True
+        yield
+        inside[0] = False
+
+    monkeypatch.setattr(loop, "plain_attention", watched)
+    running, _ = session(tmp_path, steps=2)
+    step = loss_fn(running.module)
+
+    def step_fn(batch):
+        losses = step(batch)
+        seen.append(inside[0])
+        losses["loss"].register_hook(lambda gradient: seen.append(inside[0]))
+        return losses
+
+    for _ in running.training(step_fn, batches(0)):
+        assert not inside[0]
+    assert seen == [True] * 4 and asked == {("cpu", "no")}
 
 
 def test_accumulated_micro_batches_equal_one_batch(tmp_path):
