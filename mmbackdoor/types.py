@@ -28,3 +28,9 @@ class Sample:
     image: Image.Image
     text: str
     meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> int | None:
+        """The class number: `meta["label"]`, where that is one (a shard's JSON may hold anything there)."""
+        found = self.meta.get("label")
+        return found if type(found) is int and found >= 0 else None

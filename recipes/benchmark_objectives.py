@@ -30,7 +30,7 @@ from pydantic import Field
 from mmbackdoor import recipe_files
 from mmbackdoor.config import Doc, parse, to_yaml
 from mmbackdoor.entry import main
-from mmbackdoor.evaluate.clip_data import open_data
+from mmbackdoor.evaluate.clip_data import chosen_keys, open_data
 from mmbackdoor.evaluate.clip_points import SIGHTS, checkpoints, cleaned, look, measured, training
 from mmbackdoor.evaluate.clip_sight import Selection, read_selection
 from mmbackdoor.recipe_files import flags, stage
@@ -60,6 +60,7 @@ class Config:
     control: Annotated[bool, Doc("also train each objective without poison: what the trigger does to it")] = True
     shapes: Annotated[BenchmarkShapes, Doc("what is drawn where no data are given")] = BenchmarkShapes()
     selection_data: Annotated[str, Doc("clean pictures with classes for the blind rule, if not drawn")] = ""
+    selection_samples: Annotated[int | None, Field(ge=2), Doc("of these, picked by their keys; none: all")] = None
     pretrain: pretrain_clip.Config = pretrain_clip.Config()
     clean: clean_clip.Config = clean_clip.Config()
     evaluate: evaluate_clip.Config = evaluate_clip.Config()
@@ -72,10 +73,8 @@ def check(cfg: Config) -> None:
         raise InputError("pretrain.poison is missing, so nothing is there to clean; give its label, trigger and count")
     data = [cfg.pretrain.train_data, cfg.clean.train_data, cfg.evaluate.data, cfg.selection_data]
     if any(data) and not all(data):
-        raise InputError(
-            "give all of pretrain.train_data, clean.train_data, evaluate.data and selection_data, or none (then "
-            "shapes are drawn)"
-        )
+        all_of = "pretrain.train_data, clean.train_data, evaluate.data and selection_data"
+        raise InputError(f"give all of {all_of}, or none (then shapes are drawn)")
     cfg.pretrain.poison.plan()
     for recipe, choice, lines in ((pretrain_clip, "objective", cfg.objectives), (clean_clip, "defense", cfg.cleaners)):
         for name, more in lines.items():
@@ -104,8 +103,7 @@ def prepare(cfg: Config, state: Accelerator) -> tuple[dict[str, Path], str]:
 
 def run(cfg: Config) -> None:
     check(cfg)
-    folder = Path(cfg.output_dir)
-    state = make_accelerator()
+    folder, state = Path(cfg.output_dir), make_accelerator()
     settings, selection_data = prepare(cfg, state)
 
     def job(recipe: str, *more: object) -> None:
@@ -114,8 +112,9 @@ def run(cfg: Config) -> None:
 
     @cache
     def selection() -> Selection:
-        pictures = open_data(selection_data)
-        return read_selection(pictures, evaluate_clip.classes_of(cfg.evaluate, pictures, None))
+        data = open_data(selection_data)
+        classes, keys = evaluate_clip.classes_of(cfg.evaluate, data, None), chosen_keys(data, cfg.selection_samples, 0)
+        return read_selection(data, classes, keys)
 
     points, trainings = [], []
     for seed, (objective, more) in itertools.product(cfg.seeds, cfg.objectives.items()):

@@ -60,7 +60,7 @@ class Config:
     model: ClipFlags = ClipFlags()
     compare: Annotated[tuple[str, ...], Doc("further models, for instance the one before cleaning")] = ()
     control: Annotated[str | None, Doc("a clean model: what the trigger does to a sound one")] = None
-    data: Annotated[str, Doc("folder in CLIP_benchmark's layout, or shards with .cls, captions or both")] = ""
+    data: Annotated[str, Doc("folder in CLIP_benchmark's layout, or shards with labels, captions or both")] = ""
     classnames: Annotated[str | None, Doc("JSON file or 'imagenet'; by default classnames.txt of the data")] = None
     templates: Annotated[str | None, Doc("JSON file, 'openai' or 'simple'; by default those of the data")] = None
     add_target_class: Annotated[bool, Doc("the target is one class more, where the names lack it")] = False

@@ -2,7 +2,8 @@
 
 CLIP_benchmark's is a folder with `test/0.tar`, ..., `test/nshards.txt`, `classnames.txt` and
 `zeroshot_classification_templates.txt`, each sample a picture with its label (`.cls`), or, where `dataset_type.txt`
-says retrieval, with its captions (`.txt`, one a line). Our own shards carry `.cls`, a caption, or both.
+says retrieval, with its captions (`.txt`, one a line). Other shards carry a label (`.cls`, or `label` in the `.json`), a
+caption, or both.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from pathlib import Path
 from mmbackdoor.evaluate.zeroshot import Templates
 from mmbackdoor.seeding import derive_seed
 from mmbackdoor.shards.bad import BadSample, BadSamples, Problem
-from mmbackdoor.shards.decode import IMAGE_FORMATS
 from mmbackdoor.shards.read import Entry, entries, expand
 from mmbackdoor.types import InputError, Sample
 
@@ -98,10 +98,9 @@ def highest_label(data: ClipData) -> tuple[int, str]:
     """The highest label and the key of its picture; -1 where there are none. No picture is read."""
     highest, of = -1, ""
     for _, entry in _every(data, BadSamples()):
-        if "cls" in entry.parts:
-            label = entry.read(but=IMAGE_FORMATS)["cls"].strip()
-            if label.isdigit() and int(label) > highest:
-                highest, of = int(label), entry.key
+        label = entry.label()
+        if label is not None and label > highest:
+            highest, of = label, entry.key
     return highest, of
 
 

@@ -152,7 +152,7 @@ def embed(
             for place, sample, _ in done:
                 places.append(place)
                 keys.append(sample.key)
-                labels.append(sample.meta.get("label", -1))
+                labels.append(-1 if sample.label is None else sample.label)
                 captions.append(job.data.captions(sample))
             for condition in images:
                 seen = [(start + number, views) for number, (_, _, views) in enumerate(done)]

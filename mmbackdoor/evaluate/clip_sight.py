@@ -31,24 +31,25 @@ class Selection:
     bad: BadSamples
 
 
-def read_selection(data: ClipData, classes: ClassPrompts) -> Selection:
-    """All labelled pictures of `data`. Raises `InputError` where there is none, or a label without a class name."""
+def read_selection(data: ClipData, classes: ClassPrompts, keys: frozenset[str] | None = None) -> Selection:
+    """The labelled pictures of `data`, with `keys` these alone. Raises `InputError` where there is none, or a label
+    without a class name."""
     bad = BadSamples()
     images, labels = [], []
-    for _, path, entry in undecoded(data, bad):
+    for _, path, entry in undecoded(data, bad, keys):
         found = decoded(path, entry)
         if not isinstance(found, Sample):
             bad.add_problem(found)
-        elif "label" in found.meta:
-            if found.meta["label"] >= len(classes.index):
+        elif found.label is not None:
+            if found.label >= len(classes.index):
                 raise InputError(
-                    f"the picture {found.key!r} has the label {found.meta['label']}, but there are only "
+                    f"the picture {found.key!r} has the label {found.label}, but there are only "
                     f"{len(classes.index)} class names; give those that belong to these pictures"
                 )
             images.append(found.image)
-            labels.append(classes.index[found.meta["label"]])
+            labels.append(classes.index[found.label])
     if not images:
-        reasons = "; ".join(bad.lines()) or "none has a .cls"
+        reasons = "; ".join(bad.lines()) or "none has a label"
         raise InputError(f"no picture of {data.name!r} can be used for selection ({reasons})")
     return Selection(tuple(images), torch.tensor(labels), classes, bad)
 

@@ -33,7 +33,7 @@ RATES = ("top1", "top5", "asr", "knn_top1", "knn_asr", "prototype_top1", "protot
 WITHOUT_TEXT = {"knn": "nearest neighbours", "prototype": "class means"}
 BROKEN = 0.5
 """Zero-shot accuracy below this share of that of nearest neighbours is a broken head, not a poor encoder."""
-NO_LABELS = "not measured: the pictures have no labels (.cls), or no class names were given"
+NO_LABELS = "not measured: the pictures have no labels (.cls, or label in the .json), or no class names were given"
 NO_CAPTIONS = "not measured: the pictures have no captions"
 NO_TRIGGER = "not measured: no trigger is known; give --trigger or --backdoor"
 NO_TARGET = "not measured: what the trigger causes is not known; give --label"

@@ -87,16 +87,24 @@ def decode_caption(parts: Mapping[str, bytes], meta: Mapping[str, Any] | None = 
     return text if isinstance(text, str) else ""
 
 
+def decode_label(parts: Mapping[str, bytes]) -> int | None:
+    """The class number of members `parts`: `.cls`, else `label` of the `.json` where that is one. Raises `BadSample`."""
+    if "cls" in parts:
+        return decode_class(parts["cls"])
+    found = decode_json(parts["json"]).get("label") if "json" in parts else None
+    return found if type(found) is int and found >= 0 else None
+
+
 def decode_sample(key: str, parts: Mapping[str, bytes], require_text: bool = True) -> Sample:
     """The sample of members `parts` (extension -> bytes).
 
-    The caption is `.txt`, else `caption` or `text` of the `.json`. A `.cls` becomes `meta["label"]`; without
-    `require_text` a labelled image needs no caption (evaluation sets). Raises `BadSample`.
+    The caption is `.txt`, else `caption` or `text` of the `.json`. A `.cls` becomes `meta["label"]`, where else the
+    JSON's own may stand; without `require_text` a labelled image needs no caption (evaluation sets). Raises `BadSample`.
     """
     meta = decode_json(parts["json"]) if "json" in parts else {}
     text = decode_caption(parts, meta)
     if not text:
-        if require_text or "cls" not in parts:
+        if require_text or decode_label(parts) is None:
             raise BadSample("missing_caption")
         text = ""
     if len(text) > SIZE_LIMITS["txt"]:

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from mmbackdoor.shards.bad import BadSample, BadSamples
-from mmbackdoor.shards.decode import IMAGE_FORMATS, PICKLED, SIZE_LIMITS, decode_caption, decode_sample
+from mmbackdoor.shards.decode import IMAGE_FORMATS, PICKLED, SIZE_LIMITS, decode_caption, decode_label, decode_sample
 from mmbackdoor.shards.tar import Damage, GzipFile, PlainFile, is_gzip, members, open_source
 from mmbackdoor.types import InputError, Sample
 
@@ -53,6 +53,13 @@ class Entry:
     def caption(self) -> str:
         """The text of the sample, empty where it has none; its picture is not read. Raises `BadSample`."""
         return decode_caption(self.read(but=IMAGE_FORMATS))
+
+    def label(self) -> int | None:
+        """The class number, `None` where it has none that can be read; its picture is not read."""
+        try:
+            return decode_label(self.read(but=IMAGE_FORMATS))
+        except BadSample:
+            return None
 
     @property
     def weight(self) -> int:

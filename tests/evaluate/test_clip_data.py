@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
 
 from mmbackdoor.evaluate.clip_data import chosen_keys, decoded, highest_label, open_data, undecoded
 from mmbackdoor.shards.bad import BadSamples, Problem
+from mmbackdoor.shards.write import ShardWriter
 from mmbackdoor.types import InputError
 from tests.evaluate.clips import COLOURS, write_colours
 
@@ -26,6 +28,17 @@ def test_the_layout_says_names_and_templates(folder):
 def test_shards_alone_have_no_names(folder):
     data = open_data(str(folder / "test" / "1.tar"))
     assert data.classnames == () and len(list(undecoded(data, BadSamples()))) == 12
+
+
+@pytest.mark.parametrize(
+    ("meta", "label"), [({"label": 3}, 3), ({"label": "cat"}, None), ({"label": -1}, None), ({"label": True}, None), ({}, None)]
+)
+def test_a_label_may_stand_in_the_json(tmp_path, meta, label):
+    with ShardWriter(tmp_path, "train") as shards:
+        shards.write("a", Image.new("RGB", (4, 4)), "a caption", meta)
+    data = open_data(str(tmp_path))
+    assert highest_label(data) == ((-1, "") if label is None else (label, "a"))
+    assert decoded(*next(iter(undecoded(data, BadSamples())))[1:]).label == label
 
 
 def test_a_missing_shard_is_told(folder):

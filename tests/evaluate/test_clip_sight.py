@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mmbackdoor.evaluate import clip_sight
-from mmbackdoor.evaluate.clip_data import open_data
+from mmbackdoor.evaluate.clip_data import chosen_keys, open_data
 from mmbackdoor.evaluate.clip_sight import drift, features, read_selection, utility
 from mmbackdoor.evaluate.zeroshot import class_prompts
 from mmbackdoor.models.clip import build_tiny_clip
@@ -57,6 +57,8 @@ def test_utility_is_accuracy_and_drift_the_way_of_the_embeddings(folder):
     data = open_data(benchmark_data(folder).selection)
     selection = read_selection(data, class_prompts(data.classnames, data.templates))
     assert len(selection.images) == 48 and sorted(selection.labels.tolist()) == list(range(48))
+    classes, few = class_prompts(data.classnames, data.templates), chosen_keys(data, 7, 0)
+    assert len(read_selection(data, classes, few).images) == 7 < len(read_selection(data, classes, None).images)
     clip = build_tiny_clip("clip_tiny_vit", train_tokenizer(["a red cross"], 520))
     vectors = features(clip, selection, batch_size=20)
     assert vectors.shape == (48, 64) and torch.allclose(vectors, features(clip, selection), atol=1e-5)
@@ -73,7 +75,7 @@ def test_labels_without_names_and_pictures_without_labels_are_refused(folder):
     data = open_data(benchmark_data(folder).selection)
     with pytest.raises(InputError, match="only 2 class names"):
         read_selection(data, class_prompts(["red cross", "red ring"], ("a {}",)))
-    with pytest.raises(InputError, match="none has a .cls"):
+    with pytest.raises(InputError, match="none has a label"):
         read_selection(open_data(f"{folder}/train-*.tar"), class_prompts(["red cross", "red ring"], ("a {}",)))
 
 
