@@ -1,7 +1,8 @@
 """How fast things are here, each figure a ratio of ours and a floor or a plain baseline, measured in turn in one run.
 
     skd         a step of SKD and of SKD-CAG, against plain diffusers on the same rows
-    published   seconds a sample and peak memory, against the published procedure (arXiv 2508.18235), written plainly
+    published   seconds a sample, against the published procedure (arXiv 2508.18235), written plainly
+    memory      peaks of both
     quickstart  its phases (minutes)
     removal     seconds and samples until the backdoor is gone: skd_cag against skd, finetune, esd and the published one
     seals       the closed form, and the text encoder's seal
@@ -9,14 +10,13 @@
     generation  the evaluation's pictures against StableDiffusionPipeline, and what scoring them costs
     growth      cost against prompts, batch, pixels and shards
     processes   skd and clip in 1 and 2 processes
-    loader      our shard loader beside webdataset and open_clip's reader
+    loader      our shard loader beside webdataset and open_clip's reader; on yours: --train_data 's-{000..009}.tar'
+    attention   plain, beside torch's fused kernel for CPUs
 
     CPU, the tiny model, everything:
         accelerate launch -q recipes/benchmark_speed.py
     1 GPU, Stable Diffusion 1.5 with random weights (sd15_reduced: its widths quartered); what needs others is left out:
         accelerate launch -q recipes/benchmark_speed.py --architecture sd15 --batch_size 8 --output_dir runs/speed_gpu
-    Your shards:
-        accelerate launch -q recipes/benchmark_speed.py --measure loader --train_data 'shards-{000000..000009}.tar'
 
 A second call skips what is measured; others can be added to a folder. With torchrun only skd and clip are measured.
 Writes into output_dir: results.jsonl, table.md, growth.png, measured/NAME.jsonl, profile/ (--profile), config.yaml.
@@ -41,24 +41,23 @@ from mmbackdoor.results.record import write_text
 from mmbackdoor.shards.shapes import all_scenes, split_scenes
 from mmbackdoor.shards.shapes_data import write_shapes
 from mmbackdoor.speed import (
-    clip_steps, generation, growth, loader, processes, published, quickstart, removal_time, rows, seals, skd_steps
+    attention, clip_steps, generation, growth, loader, processes, published, quickstart, removal_time, rows, seals,
+    skd_steps,
 )  # fmt: skip
 from mmbackdoor.speed.bench import Bench, Count, refuse_other
 from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.types import InputError
 
-Measurement = Literal["skd", "published", "quickstart", "removal", "seals", "clip", "generation", "growth", "processes",
-                      "loader"]  # fmt: skip
-SEVERAL, TINY = ("skd", "clip"), ("removal", "quickstart")
+Measurement = Literal["skd", "published", "memory", "quickstart", "removal", "seals", "clip", "generation", "growth",
+                      "processes", "loader", "attention"]  # fmt: skip
 CONFIGS = recipe_files.folders()["recipes"] / "configs"
 ALL: tuple[Measurement, ...] = get_args(Measurement)
-REMOVALS = ("skd_cag", "skd", "finetune", "esd")
+SEVERAL, TINY, REMOVALS = ("skd", "clip"), ("removal", "quickstart"), ("skd_cag", "skd", "finetune", "esd")
 
 
 @dataclass(frozen=True)
 class Config:
     UNDOTTED: ClassVar[tuple[str, ...]] = ("bench", "reading")
-
     measure: Annotated[tuple[Measurement, ...], Doc("which; none: all that the architecture has")] = ()
     device: Annotated[Literal["auto", "cpu"], Doc("auto: a GPU where there is one")] = "auto"
     bench: Bench = Bench()
@@ -82,10 +81,9 @@ class Config:
 
 def poisoned_model(cfg: Config, folder: Path) -> Path:
     """The folder of a tiny model with a backdoor."""
-    if cfg.poisoned:
-        return Path(cfg.poisoned)
-    if (folder / "quickstart/poisoned/model").is_dir():
-        return folder / "quickstart/poisoned/model"
+    there = folder / "quickstart/poisoned/model"
+    if cfg.poisoned or there.is_dir():
+        return Path(cfg.poisoned or there)
     write_shapes(folder / "data", "train", split_scenes(all_scenes())["train"], 2000, resolution=32)
     stage("poison_diffusion", "--config", CONFIGS / "poison_diffusion/tiny_patch.yaml", "--train_data",
           folder / "data/train-*.tar", "--max_train_steps", cfg.poison_steps, "--resume_from_checkpoint", "auto",
@@ -106,6 +104,7 @@ def measurements(cfg: Config, folder: Path) -> dict[Measurement, Callable[[], li
     return {
         "skd": lambda: skd_steps.measure(bench, folder),
         "published": lambda: published.measure(bench, folder),
+        "memory": lambda: published.measure_memory(bench),
         "quickstart": lambda: quickstart.measure(
             bench, folder, lambda place: stage("quickstart", *(["--smoke"] if cfg.smoke else []), "--output_dir", place)
         ),
@@ -121,6 +120,7 @@ def measurements(cfg: Config, folder: Path) -> dict[Measurement, Callable[[], li
         "growth": lambda: growth.measure(bench, folder, cfg.doublings),
         "processes": lambda: processes.measure(folder / "processes", __file__, folder / "config.yaml"),
         "loader": lambda: loader.measure(bench, folder, cfg.reading),
+        "attention": lambda: attention.measure(bench),
     }  # fmt: skip
 
 

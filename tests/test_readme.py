@@ -14,6 +14,7 @@ from mmbackdoor.config_schema import Section, aliases, fields_of
 from mmbackdoor.results.record import read
 from mmbackdoor.shards.shapes import all_scenes
 from mmbackdoor.shards.shapes_data import write_shapes
+from mmbackdoor.speed import rows as speed_rows
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -53,6 +54,14 @@ def test_every_relative_link_leads_somewhere(page):
 
 def test_the_picture_is_small_enough_to_load_at_once():
     assert (ROOT / "recipes/images/quickstart.png").stat().st_size < 300_000
+
+
+@pytest.mark.parametrize("name", ["tiny", "sd15_reduced"])
+def test_the_tables_of_speed_are_those_of_the_measured_rows(name):
+    shown = between(RECIPES, f"<!-- speed: results/speed_{name}.jsonl -->", "<!-- /speed -->")
+    measured = speed_rows.read(ROOT / "recipes" / "results" / f"speed_{name}.jsonl")
+    assert shown == speed_rows.table(measured).markdown(), "put in the table.md that belongs to these rows"
+    assert {row.where.architecture for row in measured} == {name}
 
 
 def test_every_recipe_has_a_row_with_its_configs_and_a_smoke_config():

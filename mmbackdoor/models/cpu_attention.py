@@ -21,7 +21,8 @@ from torch import Tensor
 
 LARGEST_MAP = 2**19
 """Query times key positions. At 4096 x 77 the fused kernel takes 1.7 times as long as plain attention (forward and
-backward, 8 heads of 40); at 1024 x 1024 both take as long, at 4096 x 4096 it takes three quarters. By hand, 2 cores."""
+backward, 8 heads of 40); at 1024 x 1024 both take as long, at 4096 x 4096 it takes three quarters. Measured again by
+`recipes/benchmark_speed.py --measure attention`."""
 
 
 def _plain(
@@ -36,8 +37,11 @@ def _plain(
 
 
 @contextmanager
-def plain_attention(device: torch.device, mixed_precision: str) -> Iterator[None]:
+def plain_attention(
+    device: torch.device, mixed_precision: str, largest_map: int | None = LARGEST_MAP
+) -> Iterator[None]:
     """The context described above where it can pay: `mixed_precision` "bf16" on a CPU. Else nothing changes.
+    `largest_map` is in query times key positions; `None` is without a limit.
 
     While it is open `torch.nn.functional.scaled_dot_product_attention` is another function in this process: diffusers,
     transformers, open_clip and torch's own layers all call that one. (A TorchFunctionMode is not seen by the backward
@@ -53,7 +57,7 @@ def plain_attention(device: torch.device, mixed_precision: str) -> Iterator[None
         is_causal: bool = False, scale: float | None = None, enable_gqa: bool = False,
     ) -> Tensor:  # fmt: skip
         in_bf16 = query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
-        small = query.shape[-2] * key.shape[-2] <= LARGEST_MAP
+        small = largest_map is None or query.shape[-2] * key.shape[-2] <= largest_map
         if dropout_p or enable_gqa or not (in_bf16 and small):
             return chosen_by_torch(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import torch
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from pydantic import Field
 
 from mmbackdoor.backdoor import Backdoor
@@ -41,6 +42,11 @@ BACKDOOR = Backdoor((ZeroWidthTrigger(),), PatchTarget())
 Count = Annotated[int, Field(ge=1)]
 
 
+def _agree(count: int) -> int:
+    """That of the first process, for all."""
+    return broadcast_object_list([count])[0]
+
+
 def refuse_other(file: Path, cfg: Any, but: set[str]) -> None:
     """Raises `InputError` where `file` holds other settings than `cfg`; keys whose last part is in `but` may differ."""
     if not file.is_file():
@@ -70,9 +76,10 @@ class Bench:
     trainable: Annotated[Trainable, Doc("what SKD and SKD-CAG train, where nothing else is said")] = "attn2_kv"
     batch_size: Annotated[Count, Doc("of a removal's step, per process")] = 4
     rank: Annotated[Count, Doc("of the LoRA")] = 16
+    gradient_checkpointing: Annotated[bool, Doc("in steps of removals")] = False
     repeats: Annotated[Count, Doc("rounds that each is measured in; the median counts")] = 7
     warmup: Annotated[int, Field(ge=0), Doc("rounds before that")] = 2
-    calls: Annotated[Count, Doc("steps in a row within a round")] = 1
+    calls: Annotated[Count | None, Doc("in a row within a round; none: as many as take half a second")] = None
     profile: Annotated[bool, Doc("write the ten operations that took longest, by torch's profiler")] = False
     seed: int = 0
 
@@ -114,7 +121,7 @@ class Bench:
     ) -> dict[str, list[float]]:
         rounds = self.repeats if repeats is None else repeats
         return interleaved(
-            contestants, rounds, warmup=self.warmup, calls=self.calls, settle=lambda: settled(wait)
+            contestants, rounds, warmup=self.warmup, calls=self.calls, settle=lambda: settled(wait), agree=_agree
         )
 
     def look_into(self, contestants: Mapping[str, Timed], folder: Path, measurement: str) -> None:

@@ -2,9 +2,11 @@
 paper and its released code do; none of that code is here.
 
 Published: batch 1, float32, all weights of the U-Net, gradient checkpointing, a second whole U-Net as teacher, latents
-of pure noise. The cross-attention of every layer of both goes to the CPU, where each layer's mean over heads is
-enlarged to 128 x 128, all are added up, scaled to 0..1 for each token and compared; that term carries no gradient
-there. Text embeddings are kept here, and its moving average is left out: both make it faster than it is.
+of pure noise. Its hooks replace the attention of every layer, self-attention too, by one that computes the
+probabilities and so does without torch's fused kernel. The cross-attention of every layer of both goes to the CPU,
+where each layer's mean over heads is enlarged to 128 x 128, all are added up, scaled to 0..1 for each token and
+compared; that term carries no gradient there. Text embeddings are kept here, and its moving average is left out: both
+make it faster than it is.
 
 A sample is one triggered row; ours has its retention row besides.
 """
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 
 from mmbackdoor.backdoor import Backdoor
 from mmbackdoor.defenses import SKDCAG
+from mmbackdoor.defenses.skd import Trainable
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.seeding import numpy_rng, torch_generator
 from mmbackdoor.speed.bench import BACKDOOR, Bench, Precision
@@ -30,31 +33,31 @@ from mmbackdoor.speed.rows import Goal, Row, compared
 from mmbackdoor.speed.skd_steps import removals
 from mmbackdoor.speed.timing import Timed
 
-MEASUREMENT = "published"
+MEASUREMENT, MEMORY = "published", "memory"
 PEER = "published procedure, written plainly"
 MAP_SIDE = 128
 ATTENTION_SHARE = 0.5
 RATE = 1e-6
 
 
-class _ToCpu:
-    """An attention processor that also puts its probabilities (heads, HW, T) on the CPU."""
+class _Probabilities:
+    """An attention processor that computes its probabilities (heads, HW, T), and puts those of cross-attention on the
+    CPU, into `kept`."""
 
     def __init__(self, kept: dict[str, Tensor], name: str) -> None:
         self.kept, self.name = kept, name
 
     def __call__(
-        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor,
+        self, attn: nn.Module, hidden_states: Tensor, encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None, temb: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
+        seen = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key, value = (
-            attn.head_to_batch_dim(values)
-            for values in (
-                attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
-            )
-        )  # fmt: skip
+            attn.head_to_batch_dim(values) for values in (attn.to_q(hidden_states), attn.to_k(seen), attn.to_v(seen))
+        )
         probabilities = attn.get_attention_scores(query, key, attention_mask)
-        self.kept[self.name] = probabilities.detach().cpu()
+        if encoder_hidden_states is not None:
+            self.kept[self.name] = probabilities.detach().cpu()
         return attn.to_out[1](attn.to_out[0](attn.batch_to_head_dim(torch.bmm(probabilities, value))))
 
 
@@ -68,9 +71,7 @@ class Published:
         self.student.enable_gradient_checkpointing()
         self.maps: list[dict[str, Tensor]] = [{}, {}]
         for unet, kept in zip((self.student, self.teacher), self.maps, strict=True):
-            for name, module in unet.named_modules():
-                if name.endswith(".attn2"):
-                    module.set_processor(_ToCpu(kept, name))
+            unet.set_attn_processor({name: _Probabilities(kept, name) for name in unet.attn_processors})
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=learning_rate, weight_decay=1e-2)
 
     def step(self, clean: str, triggered: str) -> float:
@@ -128,14 +129,21 @@ def pairs(prompts: list[str], seed: int, backdoor: Backdoor = BACKDOOR) -> Itera
 class Ours:
     """A way to run our removal, with the goals that it has against the published procedure."""
 
-    trainable: str
+    trainable: Trainable
     precision: Precision
     time: Goal | None
     memory: Goal | None = None
+    checkpointing: bool = False
+    retention: bool = True
 
     @property
     def name(self) -> str:
-        return f"skd_cag, {self.trainable}, {'bf16' if self.precision == 'bf16' else 'fp32'}"
+        words = ["skd_cag", self.trainable, "bf16" if self.precision == "bf16" else "fp32"]
+        words += ["gradient checkpointing"] * self.checkpointing + ["no retention"] * (not self.retention)
+        return ", ".join(words)
+
+    def on(self, bench: Bench) -> Bench:
+        return replace(bench, trainable=self.trainable, gradient_checkpointing=self.checkpointing)
 
 
 HALF = Goal(0.5)
@@ -144,6 +152,11 @@ WAYS = (
     Ours("attn2_kv", "no", Goal(3, False), HALF),
     Ours("attn2_kv", "bf16", Goal(5, False), HALF),
     Ours("lora", "bf16", None, HALF),
+    Ours("attn2_kv", "bf16", None, HALF, checkpointing=True),
+    Ours("lora", "bf16", None, HALF, checkpointing=True),
+    # The rows of the published procedure, which has nothing like our retention term.
+    Ours("attn2_kv", "no", None, retention=False),
+    Ours("attn2_kv", "bf16", None, retention=False),
 )
 
 
@@ -163,36 +176,50 @@ def our_step(bench: Bench, precision: Precision) -> Callable[[], object]:
     return step
 
 
-def _ours(bench: Bench, precision: Precision) -> Timed:
-    defense = SKDCAG(trainable=bench.trainable)
+def no_step(bench: Bench) -> Callable[[], object]:
+    """The loaded model, and nothing done with it."""
+    model = bench.model()
+    return lambda: model
+
+
+def _ours(bench: Bench, precision: Precision, retention: bool = True) -> Timed:
+    defense = SKDCAG(trainable=bench.trainable, retention_weight=1.0 if retention else 0.0)
     return removals(bench, bench.model(), bench.accelerator(precision), precision, {"ours": defense})["ours"]
 
 
 def measure(bench: Bench, folder: Path) -> list[Row]:
-    """Seconds a sample, and peak memory at batch 1, in processes of their own."""
+    """Seconds a sample."""
     found = []
-    base = peak_bytes(published_step, replace(bench, profile=False))
     for way in WAYS:
-        ours = replace(bench, trainable=way.trainable)
-        contestants = {PEER: Timed(published_step(bench)), way.name: _ours(ours, way.precision)}
+        contestants = {PEER: Timed(published_step(bench)), way.name: _ours(way.on(bench), way.precision, way.retention)}
         seconds = bench.time(contestants)
-        bench.look_into(contestants, folder, f"{MEASUREMENT}-{way.trainable}-{way.precision}")
+        bench.look_into(contestants, folder, f"{MEASUREMENT}-{way.name}")
         del contestants
         per_sample = [second / bench.batch_size for second in seconds[way.name]]
-        where = bench.where(way.precision)
         found.append(
             compared(
-                MEASUREMENT, way.name, per_sample, PEER, seconds[PEER], where, unit="s/sample", goal=way.time,
-                times_less=True,
-                note=f"ours with its retention row, batch {bench.batch_size}; the other fp32, batch 1",
+                MEASUREMENT, way.name, per_sample, PEER, seconds[PEER], bench.where(way.precision), unit="s/sample",
+                goal=way.time, times_less=True,
+                note=f"ours {'with its' if way.retention else 'without'} retention row, batch {bench.batch_size}; "
+                "the other fp32, batch 1",
             )
         )  # fmt: skip
+    return found
+
+
+def measure_memory(bench: Bench) -> list[Row]:
+    """Peak memory at batch 1, each in a process of its own."""
+    alone = replace(bench, batch_size=1, profile=False)
+    base, loaded = (peak_bytes(prepare, alone) / 2**20 for prepare in (published_step, no_step))
+    found = []
+    for way in WAYS:
         if way.memory:
-            held = peak_bytes(our_step, replace(ours, batch_size=1), way.precision)
+            held = peak_bytes(our_step, way.on(alone), way.precision) / 2**20
+            note = f"batch 1, ours with its retention row; the loaded model alone holds {loaded:.4g} MiB"
             found.append(
                 compared(
-                    MEASUREMENT, f"{way.name}: peak memory", [held / 2**20], PEER, [base / 2**20], where, unit="MiB",
-                    goal=way.memory, note="batch 1, ours with its retention row",
+                    MEMORY, f"{way.name}: peak memory", [held], PEER, [base], bench.where(way.precision), unit="MiB",
+                    goal=way.memory, note=note,
                 )
             )  # fmt: skip
     return found

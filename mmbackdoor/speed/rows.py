@@ -113,7 +113,7 @@ def publish(folder: Path, rows: Sequence[Row]) -> Table:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    header = ("what", "ours", "against", "its value", "unit", "ratio", "goal", "reached", "n", "measured on", "note")
+    header = ("what", "ours", "against", "its value", "ratio", "goal", "reached", "n", "measured on", "note")
     return Table(header, tuple(_line(row) for row in rows))
 
 
@@ -128,10 +128,10 @@ def _line(row: Row) -> tuple[str, ...]:
         place += f", {where.processes} processes"
     reached = "" if row.reached is None else "yes" if row.reached else "no"
     return (
-        row.name, _number(row.ours), row.peer_name, _number(row.peer), row.unit, ratio, row.goal, reached, str(row.n),
-        place, row.note,
+        row.name, _number(row.ours, row.unit), row.peer_name, _number(row.peer, row.unit), ratio, row.goal, reached,
+        str(row.n), place, row.note,
     )  # fmt: skip
 
 
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4g}"
+def _number(value: float | None, unit: str) -> str:
+    return "" if value is None else f"{value:.4g} {unit}"

@@ -7,7 +7,7 @@ for each projection. Text encoder: the same rows through plain transformers, tea
 from __future__ import annotations
 
 import copy
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -20,7 +20,7 @@ from mmbackdoor.models.trainable import text_projections
 from mmbackdoor.objectives.diffusion import DiffusionBatch, drop_captions
 from mmbackdoor.speed.bench import BACKDOOR, Bench, plain_adamw
 from mmbackdoor.speed.rows import Row, compared
-from mmbackdoor.speed.skd_steps import ENDLESS
+from mmbackdoor.speed.skd_steps import BATCHES, ENDLESS
 from mmbackdoor.speed.timing import Spread, Timed
 from mmbackdoor.train.batches import Share
 from mmbackdoor.train.loop import training_steps
@@ -47,7 +47,7 @@ def _varied(prompt: str) -> str:
 
 
 def text_floor(bench: Bench, model: DiffusionModel, batches: list[DiffusionBatch], defense: TextEncoderSeal) -> Timed:
-    """Plain transformers on the same prompts, already read by the tokenizer."""
+    """Plain transformers on the same prompts, again and again, already read by the tokenizer."""
     student = TextEncoders(model)
     teacher = copy.deepcopy(model.text_encoders["text_encoder"]).requires_grad_(False)
     encoder = model.text_encoders["text_encoder"].requires_grad_(True)
@@ -61,7 +61,7 @@ def text_floor(bench: Bench, model: DiffusionModel, batches: list[DiffusionBatch
         retained = drop_captions(bench.seed, batch, defense.proportion_empty_prompts)
         rows = (triggered + retained, [*batch.prompts, *retained])
         ready.append([model.token_ids(one).to(model.device) for one in rows])
-    following = iter(ready)
+    following = cycle(ready)
 
     def step() -> float:
         ours, theirs = next(following)
@@ -111,8 +111,7 @@ def measure(bench: Bench, folder: Path) -> list[Row]:
         )
     ]  # fmt: skip
     defense, student = TextEncoderSeal(), bench.model()
-    rounds = (bench.warmup + bench.repeats) * bench.calls + 3
-    batches = list(islice(bench.batches(student, Share(bench.batch_size)), rounds))
+    batches = list(islice(bench.batches(student, Share(bench.batch_size)), BATCHES))
     timed = {
         "floor": text_floor(bench, student, batches, defense),
         "ours": text_seal(bench, bench.model(), defense),

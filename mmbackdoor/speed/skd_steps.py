@@ -12,7 +12,7 @@ import copy
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import torch
@@ -37,6 +37,8 @@ from mmbackdoor.train.parts import trained_part
 MEASUREMENT = "skd"
 SKD_GOAL, GUIDANCE_GOAL = Goal(1.05), Goal(1.10)
 ENDLESS = 10**9
+BATCHES = 12
+"""Enough that rows with and without an empty prompt come as often as they do in a removal."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +76,11 @@ class Rows:
 class Floor:
     """Two plain U-Nets of diffusers and AdamW."""
 
-    def __init__(self, model: DiffusionModel, subset: Subset, rank: int, train: TrainConfig) -> None:
+    def __init__(
+        self, model: DiffusionModel, subset: Subset, rank: int, train: TrainConfig, checkpointing: bool = False
+    ) -> None:
         self.teacher = copy.deepcopy(model.unet).requires_grad_(False)
-        self.parameters = trainable(model, subset, rank)
+        self.parameters = trainable(model, subset, rank, checkpointing)
         self.student, self.device, self.precision = model.unet, model.device.type, train.mixed_precision
         self.optimizer = plain_adamw(self.parameters, train)
 
@@ -112,7 +116,7 @@ def removals(
     """Steps of `defenses` in the training loop, all on the U-Net of `model`; they train the same weights."""
     train, share = bench.train(precision), Share(bench.batch_size, accelerator.process_index, accelerator.num_processes)
     first = next(iter(defenses.values()))
-    part = trained_part(model, first, bench.rank, False, bench.seed)
+    part = trained_part(model, first, bench.rank, bench.gradient_checkpointing, bench.seed)
     module = accelerator.prepare(part.module)
     found = {}
     for name, defense in defenses.items():
@@ -133,14 +137,14 @@ def removals(
     return found
 
 
-def floor(bench: Bench, precision: Precision, defense: SKD, rounds: int) -> Timed:
-    """The floor on the rows of the first `rounds` batches that the removals see."""
+def floor(bench: Bench, precision: Precision, defense: SKD) -> Timed:
+    """The floor on the rows of the first `BATCHES` batches that the removals see, again and again."""
     model = bench.model()
     setting = DiffusionSetting(model, model.unet, None, bench.seed)
     batches = bench.batches(model, Share(bench.batch_size))
-    rows = [Rows.of(defense, setting, BACKDOOR, batch) for batch in islice(batches, rounds)]
-    plain = Floor(model, bench.trainable, bench.rank, bench.train(precision))
-    following = iter(rows)
+    rows = [Rows.of(defense, setting, BACKDOOR, batch) for batch in islice(batches, BATCHES)]
+    plain = Floor(model, bench.trainable, bench.rank, bench.train(precision), bench.gradient_checkpointing)
+    following = cycle(rows)
     return Timed(lambda: plain.step(next(following)))
 
 
@@ -150,10 +154,8 @@ def measure(bench: Bench, folder: Path) -> list[Row]:
     defenses = {"skd": SKD(trainable=bench.trainable), "skd_cag": SKDCAG(trainable=bench.trainable)}
     for precision in bench.precisions:
         accelerator = bench.accelerator(precision)
-        # Rounds to time, and those of the profiler.
-        rounds = (bench.warmup + bench.repeats) * bench.calls + 3
         alone = accelerator.num_processes == 1
-        contestants = {"floor": floor(bench, precision, defenses["skd"], rounds)} if alone else {}
+        contestants = {"floor": floor(bench, precision, defenses["skd"])} if alone else {}
         contestants |= removals(bench, bench.model(), accelerator, precision, defenses)
         seconds = bench.time(contestants, accelerator.wait_for_everyone)
         bench.look_into(contestants, folder, f"{MEASUREMENT}-{precision}")

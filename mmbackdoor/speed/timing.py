@@ -12,6 +12,10 @@ from dataclasses import dataclass
 import torch
 
 
+ROUND = 0.5
+"""About the seconds that a contestant takes in a round where the number of its calls is free."""
+
+
 @dataclass(frozen=True)
 class Timed:
     """`act` is what is timed. What it needs around it (`around`, entered and left each time) is not."""
@@ -40,16 +44,20 @@ def interleaved(
     repeats: int,
     *,
     warmup: int = 1,
-    calls: int = 1,
+    calls: int | None = 1,
     settle: Callable[[], object] = lambda: None,
+    agree: Callable[[int], int] = lambda count: count,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
     """Seconds of one call, `repeats` times for each contestant, after `warmup` rounds that do not count.
 
-    A round takes every contestant once, `calls` calls long; each round begins with another one. `settle` ends what runs
-    in the background (a GPU, the other processes) before and after each.
+    A round takes every contestant once, `calls` calls long; each round begins with another one. With `None` it is one
+    call while warming up and then, for each contestant, as many as took `ROUND` seconds there; `agree` makes processes
+    that measure together take the same number. `settle` ends what runs in the background (a GPU, the other processes)
+    before and after each.
     """
     names = list(contestants)
+    many = dict.fromkeys(names, 1 if calls is None else calls)
     found: dict[str, list[float]] = {name: [] for name in names}
     for number in range(warmup + repeats):
         turn = number % len(names)
@@ -58,12 +66,14 @@ def interleaved(
             with timed.around():
                 settle()
                 began = clock()
-                for _ in range(calls):
+                for _ in range(many[name]):
                     timed.act()
                 settle()
-                seconds = (clock() - began) / calls
+                seconds = (clock() - began) / many[name]
             if number >= warmup:
                 found[name].append(seconds)
+            elif calls is None and number == warmup - 1:
+                many[name] = agree(max(1, round(ROUND / seconds)))
     return found
 
 

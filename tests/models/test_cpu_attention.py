@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from mmbackdoor.models import cpu_attention
 from mmbackdoor.models.cpu_attention import plain_attention
 from mmbackdoor.seeding import torch_generator
 
@@ -86,9 +85,8 @@ def test_the_fused_kernel_is_left_out(called):
 
 
 @pytest.mark.parametrize("case", ["full precision", "large map", "dropout", "not asked for"])
-def test_everything_else_keeps_its_kernel(case, monkeypatch):
-    if case == "large map":
-        monkeypatch.setattr(cpu_attention, "LARGEST_MAP", 48 * 24 - 1)
+def test_everything_else_keeps_its_kernel(case):
+    largest = 48 * 24 - (case == "large map")
     how = {"dropout_p": 0.5} if case == "dropout" else {}
     dtype = torch.float32 if case == "full precision" else torch.bfloat16
 
@@ -97,9 +95,16 @@ def test_everything_else_keeps_its_kernel(case, monkeypatch):
         return outputs(inputs(dtype), **how)
 
     before = made()
-    with plain_attention(CPU, "no" if case == "not asked for" else "bf16"):
+    with plain_attention(CPU, "no" if case == "not asked for" else "bf16", largest):
         after = made()
     assert all(map(torch.equal, before, after))
+
+
+def test_the_limit_is_the_largest_map_that_is_changed():
+    before = outputs(inputs())
+    for largest in (48 * 24, None):
+        with plain_attention(CPU, "bf16", largest):
+            assert not all(map(torch.equal, before, outputs(inputs())))
 
 
 def test_gradients_under_checkpointing():

@@ -55,7 +55,7 @@ def test_ours_and_the_floor_take_the_same_steps():
     """Three whole optimiser steps: the floor's losses are those of the loop, but for the clipping of gradients."""
     bench = replace(BENCH, batch_size=2, trainable="attn2_kv")
     defense = SKD(trainable="attn2_kv")
-    floor = skd_steps.floor(bench, "no", defense, 3)
+    floor = skd_steps.floor(bench, "no", defense)
     losses, weights = [], skd_steps.removals(bench, bench.model(), bench.accelerator("no"), "no", {"skd": defense})
     for _ in range(3):
         losses.append((weights["skd"].act()[1]["loss"], floor.act()))

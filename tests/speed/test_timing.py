@@ -47,6 +47,20 @@ def test_a_round_of_several_calls_gives_the_seconds_of_one():
     assert interleaved({"a": clock.work("a", 1, 2, 3, 6)}, 2, warmup=0, calls=2, clock=clock) == {"a": [1.5, 4.5]}
 
 
+def test_a_free_number_of_calls_fills_half_a_second_and_is_agreed_on():
+    clock, asked = Clock(), []
+
+    def agree(count: int) -> int:
+        asked.append(count)
+        return min(count, 4)
+
+    timed = {"a": clock.work("a", 7.0, *[0.1] * 5), "b": clock.work("b", *[3.0] * 3)}
+    found = interleaved(timed, 1, warmup=2, calls=None, agree=agree, clock=clock)
+    assert sorted(asked) == [1, 5] and found == {"a": [pytest.approx(0.1)], "b": [pytest.approx(3.0)]}
+    assert clock.seen.count("a") == 2 + 4 and clock.seen.count("b") == 2 + 1
+    assert interleaved({"a": clock.work("a", 0.01)}, 1, warmup=0, calls=None, clock=clock)["a"] == [pytest.approx(0.01)]
+
+
 def test_what_is_around_is_not_timed_and_what_runs_in_the_background_is():
     clock, log = Clock(), []
 
@@ -99,8 +113,8 @@ def test_rows_are_read_back_and_shown(tmp_path):
     assert read(tmp_path / "results.jsonl") == rows
     assert (tmp_path / "table.md").read_text() == shown.markdown() + "\n"
     first, second = shown.rows
-    assert first[5:9] == ("1.5 (1.5 .. 1.5)", "<= 1.05", "no", "1") and first[-1] == "batch 4"
-    assert second[5:8] == ("6 times less (6 .. 6)", ">= 5", "yes") and second[9] == "tiny, cpu, fp32, 1 threads"
+    assert first[4:8] == ("1.5 (1.5 .. 1.5)", "<= 1.05", "no", "1") and first[-1] == "batch 4"
+    assert second[4:7] == ("6 times less (6 .. 6)", ">= 5", "yes") and second[8] == "tiny, cpu, fp32, 1 threads"
 
 
 def hold(mebibytes: int):
