@@ -56,7 +56,7 @@ def test_the_picture_is_small_enough_to_load_at_once():
     assert (ROOT / "recipes/images/quickstart.png").stat().st_size < 300_000
 
 
-@pytest.mark.parametrize("name", ["tiny", "sd15_reduced"])
+@pytest.mark.parametrize("name", ["tiny", "sd15_reduced", "sd15"])
 def test_the_tables_of_speed_are_those_of_the_measured_rows(name):
     shown = between(RECIPES, f"<!-- speed: results/speed_{name}.jsonl -->", "<!-- /speed -->")
     measured = speed_rows.read(ROOT / "recipes" / "results" / f"speed_{name}.jsonl")
