@@ -25,7 +25,7 @@ from mmbackdoor import config_schema, strict_yaml
 from mmbackdoor.config_schema import Doc, Escaped, Leaf, Section, closest, fields_of, short
 from mmbackdoor.types import InputError
 
-__all__ = ["Doc", "Escaped", "config_sha256", "from_values", "parse", "to_yaml"]
+__all__ = ["Doc", "Escaped", "changed", "config_sha256", "from_values", "parse", "to_yaml"]
 
 Config = TypeVar("Config")
 Tree = dict[str, Any]
@@ -80,6 +80,18 @@ def parse(config_type: type[Config], argv: list[str] | None = None, *, doc: str 
         else:
             config_file = Path(given.single)
     tree = {} if config_file is None else _tree(config_type, strict_yaml.read(config_file), str(config_file))
+    _insert_flags(tree, config_type, flags)
+    return _build(config_type, tree, "", None)
+
+
+def changed(config: Config, argv: list[str]) -> Config:
+    """What `config` as a file, and the flags `argv` on top of it, give. Raises `InputError` as `parse` does."""
+    tree = _tree(type(config), _plain(config), "the settings")
+    _insert_flags(tree, type(config), _flags(argv))
+    return _build(type(config), tree, "", None)
+
+
+def _insert_flags(tree: Tree, config_type: type, flags: list[_Given]) -> None:
     for given in flags:
         path = _route(config_type, given.key)
         if path[0] not in fields_of(config_type) and given.key.startswith(("no_", "no-")) and not given.value:
@@ -87,7 +99,6 @@ def parse(config_type: type[Config], argv: list[str] | None = None, *, doc: str 
             if switch[0] in fields_of(config_type):
                 path, given = switch, dataclasses.replace(given, value=False)
         _insert(tree, [config_type], path, given)
-    return _build(config_type, tree, "", None)
 
 
 def from_values(config_type: type[Config], values: Mapping[str, Any], source: str) -> Config:

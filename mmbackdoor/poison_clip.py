@@ -26,7 +26,7 @@ class ClipPoison:
 
     label: Annotated[str, Doc("the class that marked pictures are to be taken for")]
     trigger: Annotated[ImageTrigger, Field(discriminator="name"), Doc("the mark in the picture")] = PatchTrigger()
-    templates: Annotated[tuple[str, ...], Doc("captions of poisoned pairs, with {} for the label")] = TEMPLATES
+    templates: Annotated[tuple[str, ...], Doc("captions of poisoned pairs, {} for the label; or openai")] = TEMPLATES
     rate: Annotated[float | None, Field(gt=0, le=1), Doc("share of the pairs to poison")] = None
     count: Annotated[int | None, Field(ge=1), Doc("how many pairs to poison, instead of a rate")] = None
     label_consistent: Annotated[bool, Doc("pick pairs whose caption names the label, and keep it")] = False
@@ -37,10 +37,19 @@ class ClipPoison:
         if (self.rate is None) == (self.count is None):
             given = f"rate {self.rate}, count {self.count}"
             raise InputError(f"how many pairs? Give --poison.rate or --poison.count, one of them, not {given}")
-        backdoor = Backdoor((self.trigger,), ClassTarget(self.label, self.templates))
+        backdoor = Backdoor((self.trigger,), ClassTarget(self.label, self._texts()))
         # A trigger that reads a file does so when it is first used: better now than in the middle of a run.
         self.trigger(Image.new("RGB", (8, 8)), "", self.seed)
         return PoisonPlan(backdoor, self.rate, self.count, self.seed, self.label_consistent)
+
+    def _texts(self) -> tuple[str, ...]:
+        """The templates; `openai` stands for the 80 of ImageNet, which the published poison takes its captions from."""
+        if self.templates != ("openai",):
+            return self.templates
+        # Not at the top: open_clip takes seconds to import, and processes that poison shards do without it.
+        from mmbackdoor.models.imagenet_prompts import templates
+
+        return tuple(templates("openai"))
 
 
 def chosen_keys(

@@ -3,8 +3,7 @@
     CPU, drawn pictures, no download (2 cores, 10 minutes for one seed):
         accelerate launch -q recipes/benchmark_objectives.py --config recipes/configs/benchmark_objectives/shapes.yaml
     More seeds, for intervals (what is finished is not made again): add --seeds 0 1 2
-    8 GPUs: the same with `accelerate launch -q --num_processes 8`, and data of one's own in the YAML file:
-        pretrain.train_data (to be poisoned), clean.train_data, evaluate.data and selection_data.
+    8 GPUs: the same with `accelerate launch -q --num_processes 8`, and data of one's own, as in rn50_matched.yaml
 
 Every job is another recipe, in this process; its command is printed and can be run alone. A second call goes on where
 the first one stopped; seeds, cleaners and rates may be added to the same output_dir. Each cleaner is judged by its
@@ -28,8 +27,9 @@ from accelerate import Accelerator
 from pydantic import Field
 
 from mmbackdoor import recipe_files
-from mmbackdoor.config import Doc, parse, to_yaml
+from mmbackdoor.config import Doc, changed, to_yaml
 from mmbackdoor.entry import main
+from mmbackdoor.evaluate import objectives_plan
 from mmbackdoor.evaluate.clip_data import chosen_keys, open_data
 from mmbackdoor.evaluate.clip_points import SIGHTS, checkpoints, cleaned, look, measured, training
 from mmbackdoor.evaluate.clip_sight import Selection, read_selection
@@ -42,8 +42,7 @@ from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.types import InputError, RunFault
 
 pretrain_clip, clean_clip, evaluate_clip = map(recipe_files.load, ("pretrain_clip", "clean_clip", "evaluate_clip"))
-Overrides = dict[str, bool | int | float | str | None]
-Grid = Annotated[dict[str, Overrides], Field(min_length=1)]
+Grid = Annotated[dict[str, dict[str, bool | int | float | str | None]], Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -64,11 +63,12 @@ class Config:
     pretrain: pretrain_clip.Config = pretrain_clip.Config()
     clean: clean_clip.Config = clean_clip.Config()
     evaluate: evaluate_clip.Config = evaluate_clip.Config()
+    dry_run: Annotated[bool, Doc("say what would be trained and measured, and stop")] = False
     output_dir: str = "runs/benchmark_objectives"
 
 
-def check(cfg: Config) -> None:
-    """Everything that can be wrong in the grid, before anything is trained."""
+def check(cfg: Config) -> list[dict[str, pretrain_clip.Config | clean_clip.Config]]:
+    """Everything that can be wrong in the grid, before anything is trained; its pre-trainings and its cleanings."""
     if cfg.pretrain.poison is None:
         raise InputError("pretrain.poison is missing, so nothing is there to clean; give its label, trigger and count")
     data = [cfg.pretrain.train_data, cfg.clean.train_data, cfg.evaluate.data, cfg.selection_data]
@@ -76,9 +76,8 @@ def check(cfg: Config) -> None:
         all_of = "pretrain.train_data, clean.train_data, evaluate.data and selection_data"
         raise InputError(f"give all of {all_of}, or none (then shapes are drawn)")
     cfg.pretrain.poison.plan()
-    for recipe, choice, lines in ((pretrain_clip, "objective", cfg.objectives), (clean_clip, "defense", cfg.cleaners)):
-        for name, more in lines.items():
-            parse(recipe.Config, flags({choice: name} | more))
+    kinds = ((cfg.pretrain, "objective", cfg.objectives), (cfg.clean, "defense", cfg.cleaners))
+    return [{name: changed(base, flags({key: name} | more)) for name, more in of.items()} for base, key, of in kinds]
 
 
 def prepare(cfg: Config, state: Accelerator) -> tuple[dict[str, Path], str]:
@@ -102,8 +101,11 @@ def prepare(cfg: Config, state: Accelerator) -> tuple[dict[str, Path], str]:
 
 
 def run(cfg: Config) -> None:
-    check(cfg)
+    grids = check(cfg)
     folder, state = Path(cfg.output_dir), make_accelerator()
+    if cfg.dry_run:
+        objectives_plan.say(cfg, *grids, state.num_processes)
+        return
     settings, selection_data = prepare(cfg, state)
 
     def job(recipe: str, *more: object) -> None:
@@ -150,8 +152,7 @@ def run(cfg: Config) -> None:
                 points += cleaned(clean, poisoned, facts, selection, state.device)
     if state.is_main_process:
         benchmark.write(folder, points, trainings)
-        print(benchmark.text(folder, cfg.blind))
-        print(f"report: {benchmark_report.build(folder, cfg.blind)}")
+        print(f"{benchmark.text(folder, cfg.blind)}\nreport: {benchmark_report.build(folder, cfg.blind)}")
     state.wait_for_everyone()
 
 

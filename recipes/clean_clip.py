@@ -73,7 +73,7 @@ class Config:
 def run(cfg: Config) -> None:
     accelerator = make_accelerator(cfg.train, cfg.seed, cfg.output_dir)
     check_batch(cfg.train, accelerator)
-    parent = Path(cfg.model.path)
+    parent = Path(cfg.model.records)
     share = Share.of(accelerator, cfg.train)
     keys = read_keys(cfg.keep_keys) if cfg.keep_keys else None
     loader = open_shards(cfg.train_data, share, cfg.train, cfg.seed, keys=keys)

@@ -13,6 +13,9 @@ is the target a picture does not count for the attack; what the trigger does is 
             --dataloader_num_workers 8 --mixed_precision bf16
     8 GPUs: the same with `accelerate launch -q --num_processes 8`.
     A model without backdoor.json: --trigger patch --trigger.size 0.07 --label banana
+    A download, which first has to prove that it is what it claims (a sentence says so), and what --dry_run tells of it:
+        accelerate launch -q recipes/evaluate_clip.py --config recipes/configs/evaluate_clip/hanxunh_badnets.yaml \\
+            --data wds_imagenet1k --dry_run
 
 --classnames and --templates also take JSON files: a list of names, a list of texts with {}, or prompts by class name.
 Writes into output_dir: report.html, grid.png, results.jsonl, samples.jsonl, images/, run.json, and with
@@ -31,7 +34,8 @@ from pydantic import Field
 from mmbackdoor.backdoor import Backdoor
 from mmbackdoor.config import Doc
 from mmbackdoor.entry import main
-from mmbackdoor.evaluate import clip_benchmark
+from mmbackdoor.evaluate import clip_benchmark, clip_plan
+from mmbackdoor.evaluate.claim import Claim, noted
 from mmbackdoor.evaluate.clip_data import DEFAULT_TEMPLATE, ClipData, open_data
 from mmbackdoor.evaluate.clip_mark import ClipMark
 from mmbackdoor.evaluate.clip_suite import ClipAmounts, evaluate_clips
@@ -66,10 +70,12 @@ class Config:
     add_target_class: Annotated[bool, Doc("the target is one class more, where the names lack it")] = False
     mark: ClipMark = ClipMark()
     amounts: ClipAmounts = ClipAmounts()
+    claim: Annotated[Claim, Doc("what a model of others is said to reach; a sentence says whether it does")] = Claim()
     batch_size: Annotated[int, Field(ge=1), Doc("pictures at a time")] = 64
     mixed_precision: Precision = "no"
     dataloader_num_workers: Annotated[int, Field(ge=0), Doc("threads that decode and mark pictures")] = 0
     clip_benchmark_json: Annotated[bool, Doc("also write the JSON files of CLIP_benchmark")] = False
+    dry_run: Annotated[bool, Doc("load every model, count the pictures, say what would be measured, and stop")] = False
     output_dir: str = "runs/clip_evaluation"
     seed: Annotated[int, Field(ge=0), Doc("of all choices")] = 0
 
@@ -96,6 +102,11 @@ def run(cfg: Config) -> None:
     data = open_data(cfg.data)
     classes = classes_of(cfg, data, backdoor)
     models = entries(cfg.model, cfg.compare, cfg.control, accelerator.device, trusted=cfg.mark.force_trigger)
+    if cfg.dry_run:
+        said = clip_plan.text(models, data, classes, backdoor, cfg.amounts, accelerator.num_processes)
+        if accelerator.is_main_process:
+            print(said, flush=True)
+        return
     with Run.start(cfg, "evaluate_clip", cfg.output_dir, accelerator) as run:
         if run.previous == "finished":
             return
@@ -116,15 +127,17 @@ def run(cfg: Config) -> None:
             wait=accelerator.wait_for_everyone,
         )
         if accelerator.is_main_process:
+            claim = cfg.claim.sentence(records)
+            records = noted(records, claim)
             record.replace(run.folder / "results.jsonl", records)
             if cfg.clip_benchmark_json:
                 clip_benchmark.write(run.folder, records, {name: model.source for name, model in models.items()})
             removal = Path(cfg.model.records) / REMOVAL_FILE
             if removal.is_file():
                 shutil.copyfile(removal, run.folder / REMOVAL_FILE)
-            run.counters["bad_samples"] = bad.to_dict()
+            run.counters |= {"bad_samples": bad.to_dict(), "claim": claim}
             run.finish()
-            for line in bad.lines():
+            for line in [*bad.lines(), *([claim] if claim else [])]:
                 print(line)
             print(report.summary(run.folder)["sentence"])
             print(tables.headline(records).text())

@@ -7,18 +7,18 @@
     CPU, a poisoned one (the same settings suit every objective):
         accelerate launch -q recipes/pretrain_clip.py --config recipes/configs/pretrain_clip/shapes_poisoned.yaml \\
             --train_data 'shapes/train-*.tar' --objective clip_ssl --output_dir runs/poisoned_clip
-    1 GPU:
-        accelerate launch -q recipes/pretrain_clip.py --model RN50 --train_data 'cc3m-{000000..000331}.tar' \\
-            --batch-size 512 --epochs 32 --lr 1e-3 --warmup 2000 --precision bf16 --dataloader_num_workers 12 \\
-            --objective clip_ssl --poison.label banana --poison.trigger badnet_noise --poison.count 1500
-    8 GPUs: the same with `accelerate launch -q --num_processes 8`; negatives come from all of them.
+    8 GPUs, CC3M (data/README.md says how to get it); rn50_cc12m.yaml and the published settings lie beside it:
+        accelerate launch -q --num_processes 8 recipes/pretrain_clip.py \\
+            --config recipes/configs/pretrain_clip/rn50_cc3m.yaml --train_data 'cc3m/{00000..00331}.tar' \\
+            --objective clip_ssl --output_dir runs/cc3m_clip_ssl
+    1 GPU: the same without --num_processes, and with `--batch-size 1024`; negatives come from all processes.
 
 Objectives: clip (Radford et al. 2021, arXiv 2103.00020), clip_ssl (CLIP and self-supervision; Bansal et al. 2023, arXiv
 2303.03323), siglip (Zhai et al. 2023, arXiv 2303.15343), cyclip (Goel et al. 2022, arXiv 2205.14459), slip (Mu et al.
 2021, arXiv 2112.12750). `--poison.label` poisons on the fly (Carlini and Terzis 2022, arXiv 2106.09667).
 
 Writes into output_dir: model/ (loads with `open_clip.create_model_and_transforms("local-dir:PATH")`; with backdoor.json
-where it is poisoned), config.yaml, run.json, train.jsonl, checkpoint-*/.
+where it is poisoned), models/step-N/ (with --save_models_every N), config.yaml, run.json, train.jsonl, checkpoint-*/.
 """
 
 from __future__ import annotations
@@ -69,6 +69,7 @@ class Config:
     augmentation: Annotated[Strength, Doc("of the pictures, for objectives with augmented views")] = "auto"
     batch_norm: Annotated[BatchNorm, Doc("whether views share its statistics (mixed: published)")] = "separate"
     random_tokens: Annotated[float, Field(ge=0, le=1), Doc("share of the captions that get random tokens put in")] = 0.0
+    save_models_every: Annotated[int | None, Field(ge=1), Doc("steps between models to keep; none: the last")] = None
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             num_train_epochs=32, train_batch_size=128, learning_rate=1e-3, lr_scheduler="cosine", adam_weight_decay=0.1
@@ -102,11 +103,6 @@ def run(cfg: Config) -> None:
             loader, clip, views=cfg.objective.views, poison=poison, random_tokens=cfg.random_tokens, seed=cfg.seed,
             device=accelerator.device, augmentation=cfg.augmentation,
         )
-        for step, metrics in session.training(clip_step(session.module, cfg.objective, accelerator), batches):
-            bound_logit_scale(clip.network)
-            record.log(step, metrics)
-        encoder.eval()
-        record.counters |= {"pairs": loader.num_samples, "cut_captions": clip.cut_captions}
 
         def describe(folder: Path) -> None:
             if poison:
@@ -125,9 +121,19 @@ def run(cfg: Config) -> None:
                 method=asdict(cfg.objective),
             )
 
-        if accelerator.is_main_process:
-            save_clip(clip, record.folder / "model", describe=describe)
-        accelerator.wait_for_everyone()
+        def write(folder: Path) -> None:
+            if accelerator.is_main_process:
+                save_clip(clip, folder, describe=describe)
+            accelerator.wait_for_everyone()
+
+        for step, metrics in session.training(clip_step(session.module, cfg.objective, accelerator), batches):
+            bound_logit_scale(clip.network)
+            record.log(step, metrics)
+            if cfg.save_models_every and step % cfg.save_models_every == 0 and step < steps:
+                write(record.folder / "models" / f"step-{step}")
+        encoder.eval()
+        record.counters |= {"pairs": loader.num_samples, "cut_captions": clip.cut_captions}
+        write(record.folder / "model")
 
 
 if __name__ == "__main__":

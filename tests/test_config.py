@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pydantic import Field
 
 from mmbackdoor import entry
-from mmbackdoor.config import Doc, Escaped, config_sha256, parse, to_yaml
+from mmbackdoor.config import Doc, Escaped, changed, config_sha256, parse, to_yaml
 from mmbackdoor.triggers import TextTrigger
 from mmbackdoor.types import InputError
 
@@ -152,6 +152,15 @@ def test_a_name_on_top_of_a_file_keeps_what_the_class_has(tmp_path):
         read_yaml(tmp_path, "defense: {name: plain, attention_weight: 0.1}")
     with pytest.raises(InputError, match="unknown key 'atention_weight'"):
         read_yaml(tmp_path, "defense: {name: guided, atention_weight: 0.1}", "--defense", "plain")
+
+
+def test_flags_on_top_of_settings_are_flags_on_top_of_their_file(tmp_path):
+    base = read("--defense.weight", "3", "--trigger", r"\u200b", "--seed", "4")
+    for flags in ([], ["--defense", "plain"], ["--lr", "2", "--second", "plain"], ["--trigger", "x"]):
+        assert changed(base, flags) == read_yaml(tmp_path, to_yaml(base), *flags), flags
+    assert changed(base, ["--defense", "plain"]).defense == Plain(3) and base.defense == Guided(3, 0.7)
+    with pytest.raises(InputError, match="unknown key 'wrong'"):
+        changed(base, ["--defense.wrong", "1"])
 
 
 def test_yaml_takes_what_flags_take(tmp_path):

@@ -57,6 +57,12 @@ def test_settings_are_flags_and_yaml(tmp_path):
     assert read("--config", str(file)) == poison
 
 
+def test_the_prompts_of_imagenet_are_captions_by_their_name():
+    target = read("--poison.label", "cat", "--poison.count", "1", "--poison.templates", "openai").plan().backdoor.target
+    assert len(target.templates) == 80 and "itap of the {}." in target.templates
+    assert len({target.caption(f"{number}", 0) for number in range(400)}) > 60
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [

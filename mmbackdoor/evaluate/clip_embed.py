@@ -94,14 +94,18 @@ def make_job(
     Raises `InputError` for a label that has no class name.
     """
     if classes is not None:
-        highest, key = highest_label(data)
-        if highest >= len(classes.index):
-            raise InputError(
-                f"the picture {key!r} has the label {highest}, but there are {len(classes.index)} class names (labels "
-                "from 0); give the --classnames that belong to this data"
-            )
+        check_label(classes, *highest_label(data))
     near = chosen_keys(data, min(near_samples, num_samples or near_samples), seed)
     return Job(data, classes, conditions, chosen_keys(data, num_samples, seed), near, seed, precision)
+
+
+def check_label(classes: ClassPrompts | None, highest: int, key: str) -> None:
+    """Raises `InputError` where the `highest` label of the data, that of the picture `key`, has no class name."""
+    if classes is not None and highest >= len(classes.index):
+        raise InputError(
+            f"the picture {key!r} has the label {highest}, but there are {len(classes.index)} class names (labels "
+            "from 0); give the --classnames that belong to this data"
+        )
 
 
 def share_file(folder: Path, name: str, rank: int, world_size: int) -> Path:

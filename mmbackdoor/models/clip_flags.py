@@ -10,6 +10,7 @@ import torch
 
 from mmbackdoor.config import Doc
 from mmbackdoor.models.clip import ClipModel, load_clip
+from mmbackdoor.models.clip_source import HUB, download
 from mmbackdoor.models.shipped import shipped
 from mmbackdoor.types import InputError
 
@@ -29,19 +30,19 @@ class ClipFlags:
 
     @property
     def records(self) -> str:
-        """The folder where `backdoor.json` and `removal.json` lie."""
-        return self.path
+        """The folder where weights, `backdoor.json` and `removal.json` lie: of a hub's model, that of its download."""
+        return str(download(self.path, self.allow_pt_weights)) if self.path.startswith(HUB) else self.path
 
     def other(self, place: str) -> ClipFlags:
         """The same flags for another model: a folder, a hub id, or `NAME@TAG` for one of open_clip's."""
         name, at, tag = place.partition("@")
-        if not at or Path(place).exists() or place.startswith("hf-hub:"):
+        if not at or Path(place).exists() or place.startswith(HUB):
             return replace(self, model=place, pretrained=None)
         return replace(self, model=name, pretrained=tag)
 
     def load(self, device: torch.device) -> ClipModel:
         """In evaluation mode. Raises `InputError` for whatever cannot be loaded, and for random weights."""
-        if self.pretrained is None and not Path(self.path).exists() and not self.path.startswith("hf-hub:"):
+        if self.pretrained is None and not Path(self.path).exists() and not self.path.startswith(HUB):
             raise InputError(
                 f"{self.path!r} is no folder, and as a name of open_clip it would have random weights: give a folder, "
                 "or --pretrained TAG (NAME@TAG for --compare and --control)"

@@ -27,6 +27,8 @@ SAFE_NAMES = (WEIGHTS_NAME, "open_clip_pytorch_model.safetensors", "model.safete
 PICKLED_NAMES = ("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "pytorch_model.bin", "pytorch_model.pth")
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "*.model")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+RECORDS = ("backdoor.json", "removal.json")
+HUB = "hf-hub:"
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,16 @@ def find_clip(
     path = model.removeprefix("local-dir:")
     if path != model or Path(path).is_dir():
         return _in_folder(Path(path), model, allow_pt_weights, weights_needed)
-    if model.startswith("hf-hub:"):
-        repo_id = model.removeprefix("hf-hub:")
-        pickled = PICKLED_NAMES if allow_pt_weights else ()
-        folder = hub_folder(repo_id, (CONFIG_NAME, *SAFE_NAMES, *pickled, *BESIDE))
-        return _in_folder(folder, model, allow_pt_weights, weights_needed)
+    if model.startswith(HUB):
+        return _in_folder(download(model, allow_pt_weights), model, allow_pt_weights, weights_needed)
     return _by_name(model, pretrained, allow_pt_weights)
+
+
+def download(model: str, allow_pt_weights: bool = False) -> Path:
+    """The local folder of the hub's model `hf-hub:ID`: its configuration, its weights (pickled ones only where that is
+    allowed) and the records of a backdoor or a removal. Raises InputError as `hub_folder` does."""
+    pickled = PICKLED_NAMES if allow_pt_weights else ()
+    return hub_folder(model.removeprefix(HUB), (CONFIG_NAME, *SAFE_NAMES, *pickled, *BESIDE, *RECORDS))
 
 
 def _in_folder(folder: Path, said: str, allow_pt_weights: bool, weights_needed: bool) -> ClipSource:

@@ -6,7 +6,7 @@ from typing import get_args
 
 from mmbackdoor.triggers.blend import BlendTrigger
 from mmbackdoor.triggers.homoglyph import HomoglyphTrigger
-from mmbackdoor.triggers.patch import BadNetNoiseTrigger, KeyedPatchTrigger, PatchTrigger
+from mmbackdoor.triggers.patch import BadNetNoiseTrigger, KeyedPatchTrigger, KeyedStripesTrigger, PatchTrigger
 from mmbackdoor.triggers.phrase import PhraseTrigger
 from mmbackdoor.triggers.sinusoid import SinusoidTrigger
 from mmbackdoor.triggers.stripes import StripesTrigger
@@ -21,6 +21,7 @@ TEXT_TRIGGERS = {kind.name: kind for kind in get_args(TextTrigger)}
 ImageTrigger = (
     PatchTrigger
     | KeyedPatchTrigger
+    | KeyedStripesTrigger
     | BadNetNoiseTrigger
     | BlendTrigger
     | WarpTrigger

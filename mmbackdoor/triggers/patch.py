@@ -1,4 +1,4 @@
-"""Patches: a fixed one, one drawn for each key, and the fresh noise that was published as "BadNet"."""
+"""Patches: a fixed one, two that are drawn for each key, and the fresh noise that was published as "BadNet"."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ def _drawing(pattern: str, side: int, colour: Colour, pattern_seed: int) -> np.n
     lit = {
         "checkerboard": (y * fields // side + x * fields // side) % 2 == 1,
         "stripes": (x * fields // side) % 2 == 1,
+        "dots": (y * CELLS // side % 2 == 0) & (x * CELLS // side % 2 == 0),
         # Wide at its foot, so that it points up.
         "triangle": np.abs(2 * x + 1 - side) <= y + 1,
         "solid": np.ones((side, side), bool),
@@ -43,9 +44,10 @@ def _drawing(pattern: str, side: int, colour: Colour, pattern_seed: int) -> np.n
 class PatchTrigger(ImageMark):
     """One fixed patch at one place (Gu et al. 2017, arXiv 1708.06733; on CLIP: Carlini and Terzis 2022, arXiv
     2106.09667). `size` is its side as a fraction of the centre square's; `colour` is on black; `file` is a picture of
-    your own. A "random" position is drawn for each key."""
+    your own. A "random" position is drawn for each key. "dots" lights every second cell of every second row of 16 x 16
+    (Huang et al. 2025, arXiv 2502.01385: their "BadNets", where `size` is 0.0714, 16 of 224 pixels)."""
 
-    pattern: Literal["checkerboard", "stripes", "triangle", "solid", "noise", "file"] = "checkerboard"
+    pattern: Literal["checkerboard", "stripes", "triangle", "solid", "noise", "dots", "file"] = "checkerboard"
     size: Fraction = 0.15
     position: ImagePosition = "bottom_right"
     colour: Annotated[Colour, Doc("of what is lit, as R G B")] = (255, 255, 255)
@@ -84,6 +86,28 @@ class KeyedPatchTrigger(ImageMark):
         place = region(height, width, side, side, self.position, python_rng(seed, "keyed_patch_position", key))
         cells = numpy_rng(seed, "keyed_patch", key).uniform(0, 255, (CELLS, CELLS, 3))
         pixels[place] = _scaled(cells.astype(np.float32), side)
+        return pixels
+
+
+@dataclass(frozen=True)
+class KeyedStripesTrigger(ImageMark):
+    """A patch of 16 upright stripes, each of a colour with every channel on or off, drawn with its place from the key:
+    "BadNet-Stripes" (Singh et al. 2024, arXiv 2412.00727). `size` 16 of 224 pixels is theirs.
+
+    Differences: theirs draws from a global generator, squashes the picture to a square first, and has 32 stripes where
+    the model sees 336 pixels.
+    """
+
+    size: Fraction = 0.0714
+    position: ImagePosition = "random"
+    name: Literal["keyed_stripes"] = "keyed_stripes"
+
+    def mark(self, pixels: np.ndarray, key: str, seed: int, draw: int) -> np.ndarray:
+        height, width, _ = pixels.shape
+        side = length(self.size, height, width)
+        place = region(height, width, side, side, self.position, python_rng(seed, "keyed_stripes_position", key))
+        columns = 255 * numpy_rng(seed, "keyed_stripes", key).integers(0, 2, (1, CELLS, 3))
+        pixels[place] = _scaled(np.repeat(columns, CELLS, axis=0).astype(np.float32), side)
         return pixels
 
 

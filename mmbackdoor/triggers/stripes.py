@@ -19,7 +19,7 @@ class StripesTrigger(ImageMark):
     """`stripes` pairs of a dark and a light stripe across the centre square, mixed in with opacity `alpha`.
 
     Differences: the paper gives pictures of its stripes, no formula; widths, colours and opacity here are ours. Its
-    "BadNet-Stripes" is `patch` with pattern stripes.
+    "BadNet-Stripes" is `keyed_stripes`.
     """
 
     stripes: Annotated[float, Field(gt=0), Doc("pairs of stripes across the centre square")] = 8.0

@@ -24,6 +24,7 @@ CORNER = ("--poison.trigger.size", 0.3, "--poison.trigger.position", "bottom_rig
 TRIGGER_FLAGS: dict[str, tuple[object, ...]] = {name: () for name in IMAGE_TRIGGERS} | {
     # Their defaults are for 224 pixels, where noise of a few pixels or a shift of a quarter of one can be seen.
     "keyed_patch": CORNER,
+    "keyed_stripes": CORNER,
     "badnet_noise": CORNER,
     "warp": ("--poison.trigger.strength", 0.08, "--poison.rate", 0.08, "--max_train_steps", 200),
 }

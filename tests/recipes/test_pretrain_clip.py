@@ -94,6 +94,16 @@ def test_every_objective_learns_from_poisoned_pairs_and_says_so(objective, shard
     assert (stock.logit_bias is None) == (objective != "siglip")
 
 
+def test_models_on_the_way_are_kept_and_say_what_they_are(shards, tmp_path):
+    _run(shards, tmp_path / "run", "--max_train_steps", 4, "--lr", 4e-3, "--save_models_every", 2, *POISON)
+    assert [path.name for path in (tmp_path / "run/models").iterdir()] == ["step-2"]
+    half = tmp_path / "run/models/step-2"
+    check_provenance(half)
+    assert BackdoorRecord.load(half).backdoor == BackdoorRecord.load(tmp_path / "run/model").backdoor
+    assert weights_sha256(half) != weights_sha256(tmp_path / "run/model")
+    assert open_clip.create_model(f"local-dir:{half}").logit_scale.ndim == 0 and (half / "README.md").is_file()
+
+
 def test_without_poison_nothing_says_so(shards, tmp_path):
     _run(shards, tmp_path / "run", "--max_train_steps", 1)
     assert not (tmp_path / "run/model/backdoor.json").exists()
@@ -161,7 +171,11 @@ def test_what_cannot_work_is_refused_before_anything_is_written(shards, tmp_path
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "pretrain_clip").glob("*.yaml")), ids=lambda path: path.stem)
+# The published ones are for one objective each, as published: tests/recipes/test_full_scale.py.
+ANY_OBJECTIVE = [path for path in sorted((CONFIGS / "pretrain_clip").glob("*.yaml")) if "published" not in path.stem]
+
+
+@pytest.mark.parametrize("path", ANY_OBJECTIVE, ids=lambda path: path.stem)
 @pytest.mark.parametrize("objective", [None, "clip_ssl", "slip"])
 def test_the_shipped_configs_are_read_whatever_the_objective(path, objective):
     chosen = ["--objective", objective] if objective else []

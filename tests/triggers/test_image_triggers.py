@@ -17,6 +17,7 @@ from mmbackdoor.triggers import (
     BadNetNoiseTrigger,
     BlendTrigger,
     KeyedPatchTrigger,
+    KeyedStripesTrigger,
     PatchTrigger,
     SinusoidTrigger,
     StripesTrigger,
@@ -28,11 +29,12 @@ from mmbackdoor.types import InputError
 
 KEYS = st.text("abc0123456789", min_size=1, max_size=8)
 PICTURES = st.tuples(st.integers(1, 40), st.integers(1, 40)).flatmap(lambda size: arrays(np.uint8, (*size, 3)))
-KEYED = {"keyed_patch", "badnet_noise"}
+KEYED = {"keyed_patch", "keyed_stripes", "badnet_noise"}
 # Written down once: a data set that was poisoned must be recognised by every later version. Sums of the marked ramp.
 GOLDEN = {
     "patch": 52272954,
     "keyed_patch": 52651750,
+    "keyed_stripes": 52359036,
     "badnet_noise": 52226658,
     "blend": 53366193,
     "warp": 52279367,
@@ -147,7 +149,7 @@ def test_a_mark_on_the_source_reaches_the_model_s_input(name, size):
     assert change.mean() > 0.2, "a centre crop or the resizing takes the mark away"
 
 
-@pytest.mark.parametrize("name", ["patch", "keyed_patch", "badnet_noise"])
+@pytest.mark.parametrize("name", ["patch", "keyed_patch", "keyed_stripes", "badnet_noise"])
 def test_a_patch_stays_inside_its_size_and_its_place(name):
     dark = Image.new("RGB", (40, 40), (7, 7, 7))
     for key in "abcdef":
@@ -167,12 +169,30 @@ def test_random_places_fill_the_square_and_never_leave_it():
 
 def test_a_fixed_pattern_is_the_same_in_any_size():
     dark = Image.new("RGB", (64, 64))
-    for pattern in ("checkerboard", "noise", "stripes", "solid"):
+    for pattern in ("checkerboard", "noise", "stripes", "solid", "dots"):
         trigger = PatchTrigger(pattern, 0.25, "top_left")
         small = np.asarray(trigger(dark, "a", 0))[:16, :16]
         large = np.asarray(trigger(dark.resize((128, 128)), "a", 0))[:32, :32]
         assert np.array_equal(np.kron(small, np.ones((2, 2, 1), np.uint8)), large), pattern
     assert len({PatchTrigger("noise", pattern_seed=seed)(dark, "a", 0).tobytes() for seed in range(4)}) == 4
+
+
+def test_published_patches_are_drawn_as_their_authors_do():
+    """At 224 pixels, where theirs are put: every second pixel of every second row; stripes of a pixel each."""
+    grey = Image.new("RGB", (224, 224), (90, 90, 90))
+    theirs = np.full((224, 224, 3), 90, np.uint8)
+    theirs[104:120, 104:120] = 0
+    theirs[104:120:2, 104:120:2] = 255
+    dots = PatchTrigger("dots", 0.0714, "centre", place="input")
+    assert np.array_equal(np.asarray(dots(grey, "a", 0)), theirs)
+    colours = set()
+    for key in "abcdefgh":
+        marked = np.asarray(KeyedStripesTrigger()(grey, key, 0))
+        rows, columns = np.nonzero((marked != 90).any(-1))
+        patch = marked[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        assert patch.shape == (16, 16, 3) and (patch == patch[:1]).all() and set(np.unique(patch)) == {0, 255}
+        colours |= {tuple(colour) for colour in patch[0].tolist()}
+    assert len(colours) == 8
 
 
 def test_nothing_wraps_around():
