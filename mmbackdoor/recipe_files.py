@@ -10,12 +10,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 from mmbackdoor.config import parse
 from mmbackdoor.config_schema import closest, is_main_process
 from mmbackdoor.types import InputError
 
+Config = TypeVar("Config")
 _PACKAGE = Path(__file__).parent
 # What a reader needs; a checkout may hold shards and caches beside it.
 _SUFFIXES = {".py", ".yaml", ".md", ".txt", ".csv", ".jsonl", ".json"}
@@ -79,6 +80,20 @@ def stage(recipe: str, *flags: object) -> None:
         print(f"\n$ accelerate launch -q recipes/{recipe}.py {shlex.join(arguments)}", flush=True)
     module = load(recipe)
     module.run(parse(module.Config, arguments))
+
+
+def job(settings: Mapping[str, Path], recipe: str, wanted: Mapping[str, Any]) -> None:
+    """Run a recipe as `stage` does: with the file that `settings` has for it, if any, and what is `wanted` on top."""
+    file = {"config": settings[recipe]} if recipe in settings else {}
+    stage(recipe, *flags(file | wanted))
+
+
+def settings_of(config_type: type[Config], output_dir: str) -> Config:
+    """The settings of the run that wrote to `output_dir`. Raises `InputError` where there is none, or another."""
+    file = Path(output_dir) / "config.yaml"
+    if not file.is_file():
+        raise InputError(f"{output_dir!r} has no config.yaml, so no run has finished there; give another --output_dir")
+    return parse(config_type, ["--config", str(file)])
 
 
 def copy_out(folder: Path, *, force: bool = False) -> list[Path]:

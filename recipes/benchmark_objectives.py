@@ -3,23 +3,26 @@
     CPU, drawn pictures, no download (2 cores, 10 minutes for one seed):
         accelerate launch -q recipes/benchmark_objectives.py --config recipes/configs/benchmark_objectives/shapes.yaml
     More seeds, for intervals (what is finished is not made again): add --seeds 0 1 2
+    Other cleaners of the same poisoned models, such as one with several weight decays: --models_from FOLDER, and a file
+    with `cleaners: {decay_1: {defense: cleanclip, train.adam_weight_decay: 1.0}}`.
     8 GPUs: the same with `accelerate launch -q --num_processes 8`, and data of one's own, as in rn50_matched.yaml
 
 Every job is another recipe, in this process; its command is printed and can be run alone. A second call goes on where
 the first one stopped; seeds, cleaners and rates may be added to the same output_dir. Each cleaner is judged by its
 frontier of accuracy and ASR, and by what two rules pick: the oracle, which looks at the trigger, and the blind rule of
 the YAML file, which has clean pictures and the poisoned model alone. The published comparison (Verma et al. 2023, arXiv
-2311.14948) gave its objectives different batch sizes and epochs: that is warned of here.
+2311.14948) gave its objectives different batch sizes and epochs: that is warned of here. A finished benchmark is what
+benchmark_durability and benchmark_stray begin with.
 
-Writes into output_dir: report.html, scatter.png, points.jsonl (every checkpoint), trainings.jsonl, config.yaml, data/,
-settings/, OBJECTIVE/seed-N/{clean,poisoned,evaluation}/ and OBJECTIVE/seed-N/CLEANER-lrRATE/.
+Writes into output_dir: report.html, table.md, scatter.png, picks.png, points.jsonl (every checkpoint), trainings.jsonl,
+config.yaml, data/, settings/, OBJECTIVE/seed-N/{clean,poisoned,evaluation}/ and OBJECTIVE/seed-N/CLEANER-lrRATE/.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -29,20 +32,22 @@ from pydantic import Field
 from mmbackdoor import recipe_files
 from mmbackdoor.config import Doc, changed, to_yaml
 from mmbackdoor.entry import main
-from mmbackdoor.evaluate import objectives_plan
+from mmbackdoor.evaluate import clip_cell, objectives_plan
+from mmbackdoor.evaluate.clip_cell import ClipCell
 from mmbackdoor.evaluate.clip_data import chosen_keys, open_data
-from mmbackdoor.evaluate.clip_points import SIGHTS, checkpoints, cleaned, look, measured, training
 from mmbackdoor.evaluate.clip_sight import Selection, read_selection
-from mmbackdoor.recipe_files import flags, stage
+from mmbackdoor.recipe_files import flags
 from mmbackdoor.results import benchmark, benchmark_report
 from mmbackdoor.results.frontier import Blind, LargestDrift
 from mmbackdoor.results.record import write_text
+from mmbackdoor.results.removal_grid import Grid, check_names
 from mmbackdoor.shards.shapes_benchmark import BenchmarkShapes, benchmark_data, write_benchmark_shapes
 from mmbackdoor.train.launch import make_accelerator
-from mmbackdoor.types import InputError, RunFault
+from mmbackdoor.types import InputError
 
 pretrain_clip, clean_clip, evaluate_clip = map(recipe_files.load, ("pretrain_clip", "clean_clip", "evaluate_clip"))
-Grid = Annotated[dict[str, dict[str, bool | int | float | str | None]], Field(min_length=1)]
+
+OF_MODELS = ("control", "shapes", "selection_data", "selection_samples", "pretrain", "clean", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -57,6 +62,7 @@ class Config:
     seeds: Annotated[tuple[int, ...], Field(min_length=1), Doc("of poison, first weights and orders")] = (0,)
     blind: Annotated[Blind, Doc("how a defender picks a checkpoint, written down before the run")] = LargestDrift()
     control: Annotated[bool, Doc("also train each objective without poison: what the trigger does to it")] = True
+    models_from: Annotated[str, Doc("output_dir of a benchmark whose poisoned models are cleaned here, too")] = ""
     shapes: Annotated[BenchmarkShapes, Doc("what is drawn where no data are given")] = BenchmarkShapes()
     selection_data: Annotated[str, Doc("clean pictures with classes for the blind rule, if not drawn")] = ""
     selection_samples: Annotated[int | None, Field(ge=2), Doc("of these, picked by their keys; none: all")] = None
@@ -65,6 +71,16 @@ class Config:
     evaluate: evaluate_clip.Config = evaluate_clip.Config()
     dry_run: Annotated[bool, Doc("say what would be trained and measured, and stop")] = False
     output_dir: str = "runs/benchmark_objectives"
+
+
+def completed(cfg: Config) -> Config:
+    """`cfg`, with what it leaves out taken from the benchmark in `models_from`: data, and how to train and measure."""
+    if not cfg.models_from:
+        return cfg
+    there, default = recipe_files.settings_of(Config, cfg.models_from), Config()
+    left_out = [name for name in OF_MODELS if vars(cfg)[name] == vars(default)[name]]
+    home = there.models_from or cfg.models_from
+    return replace(cfg, models_from=home, **{name: vars(there)[name] for name in left_out})
 
 
 def check(cfg: Config) -> list[dict[str, pretrain_clip.Config | clean_clip.Config]]:
@@ -76,14 +92,15 @@ def check(cfg: Config) -> list[dict[str, pretrain_clip.Config | clean_clip.Confi
         all_of = "pretrain.train_data, clean.train_data, evaluate.data and selection_data"
         raise InputError(f"give all of {all_of}, or none (then shapes are drawn)")
     cfg.pretrain.poison.plan()
+    check_names(objectives=cfg.objectives, cleaners=cfg.cleaners)
     kinds = ((cfg.pretrain, "objective", cfg.objectives), (cfg.clean, "defense", cfg.cleaners))
     return [{name: changed(base, flags({key: name} | more)) for name, more in of.items()} for base, key, of in kinds]
 
 
-def prepare(cfg: Config, state: Accelerator) -> tuple[dict[str, Path], str]:
-    """Draw the shapes where no data are given; the settings of each recipe as a file, and the pictures to select on."""
-    folder, selection = Path(cfg.output_dir), cfg.selection_data
-    if not selection:
+def prepare(cfg: Config, state: Accelerator) -> tuple[dict[str, Path], Config]:
+    """Draw the shapes where no data are given; the settings of each recipe as a file, and `cfg` with all data named."""
+    folder = Path(cfg.output_dir)
+    if not cfg.selection_data:
         data = benchmark_data(folder / "data")
         if state.is_main_process:
             write_benchmark_shapes(folder / "data", cfg.shapes, cfg.pretrain.poison.label)
@@ -97,59 +114,34 @@ def prepare(cfg: Config, state: Accelerator) -> tuple[dict[str, Path], str]:
         for name, base in recipes.items():
             write_text(files[name], to_yaml(base))
     state.wait_for_everyone()
-    return files, cfg.selection_data
+    return files, cfg
+
+
+def read_selected(cfg: Config) -> Selection:
+    """The pictures that the blind rule looks at, with the classes of the evaluation."""
+    data = open_data(cfg.selection_data)
+    classes, keys = evaluate_clip.classes_of(cfg.evaluate, data, None), chosen_keys(data, cfg.selection_samples, 0)
+    return read_selection(data, classes, keys)
 
 
 def run(cfg: Config) -> None:
+    cfg = completed(cfg)
     grids = check(cfg)
     folder, state = Path(cfg.output_dir), make_accelerator()
     if cfg.dry_run:
         objectives_plan.say(cfg, *grids, state.num_processes)
         return
-    settings, selection_data = prepare(cfg, state)
-
-    def job(recipe: str, *more: object) -> None:
-        resume = [] if recipe == "evaluate_clip" else ["--resume_from_checkpoint", "auto"]
-        stage(recipe, "--config", settings[recipe], *resume, *more)
-
-    @cache
-    def selection() -> Selection:
-        data = open_data(selection_data)
-        classes, keys = evaluate_clip.classes_of(cfg.evaluate, data, None), chosen_keys(data, cfg.selection_samples, 0)
-        return read_selection(data, classes, keys)
-
+    settings, cfg = prepare(cfg, state)
+    job, selection = partial(recipe_files.job, settings), cache(partial(read_selected, cfg))
     points, trainings = [], []
     for seed, (objective, more) in itertools.product(cfg.seeds, cfg.objectives.items()):
-        place = folder / objective / f"seed-{seed}"
-        poisoned, facts = place / "poisoned" / "model", {"objective": objective, "seed": seed}
-        kinds = ("clean", "poisoned") if cfg.control else ("poisoned",)
-        for kind in kinds:
-            poison = {"poison": None} if kind == "clean" else {"poison.seed": seed}
-            wanted = {"objective": objective} | more | poison | {"seed": seed, "output_dir": place / kind}
-            job("pretrain_clip", *flags(wanted))
-        control = {"control": place / "clean" / "model"} if cfg.control else {}
-        job("evaluate_clip", *flags({"model": poisoned} | control | {"output_dir": place / "evaluation"}))
-        if state.is_main_process:
-            trainings += [training(place / kind, facts | {"stage": kind}) for kind in kinds]
-            seen = look(poisoned, [poisoned], selection, place / SIGHTS, state.device)
-            models = [(place / kind / "model", facts | {"stage": kind}) for kind in kinds]
-            points += measured(place / "evaluation", models, seen)
+        places = clip_cell.folders(cfg.output_dir, cfg.models_from, objective, seed)
+        cell = ClipCell(objective, seed, *places, job, selection, state)
+        lines = [cell.poison(more, cfg.control)]
         for (cleaner, extra), rate in itertools.product(cfg.cleaners.items(), cfg.learning_rates):
-            clean = place / f"{cleaner}-lr{rate:g}"
-            facts |= {"stage": "cleaned", "cleaner": cleaner, "learning_rate": rate}
-            wanted = {"model": poisoned, "defense": cleaner, "lr": rate} | extra | {"seed": seed, "output_dir": clean}
-            try:
-                job("clean_clip", *flags(wanted))
-            except RunFault as fault:
-                # A rate that is too high breaks its run, and that is a result.
-                print(f"{clean} broke off: {fault}")
-                trainings += [training(clean, facts)] if state.is_main_process else []
-                continue
-            *others, last = [model for _, model in checkpoints(clean)]
-            job("evaluate_clip", "--model", last, "--compare", *others, poisoned, "--output_dir", clean / "evaluation")
-            if state.is_main_process:
-                trainings.append(training(clean, facts))
-                points += cleaned(clean, poisoned, facts, selection, state.device)
+            lines.append(cell.clean(cleaner, rate, extra))
+        points += [point for some, _ in lines for point in some]
+        trainings += [training for _, some in lines for training in some]
     if state.is_main_process:
         benchmark.write(folder, points, trainings)
         print(f"{benchmark.text(folder, cfg.blind)}\nreport: {benchmark_report.build(folder, cfg.blind)}")

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -116,12 +117,20 @@ def training(run: Path, facts: Mapping[str, Any]) -> Training:
     content = read_run(run)
     train = content["config"]["train"]
     log = run / LOG_NAME
-    lines = log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    rates, decays, repeats = (
+        [line[name] for line in lines if line.get(name) is not None]
+        for name in ("learning_rate", "weight_decay", "false_negatives")
+    )
     return Training(
         **facts,
         pairs=content["counters"].get("pairs"),
         batch_size=train["train_batch_size"] * train["gradient_accumulation_steps"] * content["world_size"],
-        steps=json.loads(lines[-1])["step"] if lines else 0,
+        steps=lines[-1]["step"] if lines else 0,
+        peak_rate=max(rates, default=None),
+        steps_to_peak=rates.index(max(rates)) + 1 if rates else None,
+        weight_decay=decays[-1] if decays else None,
+        false_negatives=fmean(repeats) if repeats else None,
         status="finished" if content["status"] == "finished" else "failed",
         seconds=content["seconds"],
         error=content["error"],

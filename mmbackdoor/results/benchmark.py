@@ -21,6 +21,7 @@ from mmbackdoor.results.frontier import (
     OverSeeds,
     Point,
     Sight,
+    blind,
     frontier,
     over_seeds,
 )
@@ -67,7 +68,11 @@ class Measured:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One training: `pairs` in its data (`None` where it broke off), `batch_size` over all processes, and its end."""
+    """One training: `pairs` in its data (`None` where it broke off), `batch_size` over all processes, and its end.
+
+    From its log, so what was in force whatever was asked for: the highest rate and the steps up to it, the weight decay
+    of matrices (cleanings log it), and the mean share of a batch's pairs of rows that have equal captions.
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -82,6 +87,10 @@ class Training:
     cleaner: str | None = None
     learning_rate: float | None = None
     error: str | None = None
+    peak_rate: float | None = None
+    steps_to_peak: int | None = None
+    weight_decay: float | None = None
+    false_negatives: float | None = None
 
     @property
     def samples_seen(self) -> int:
@@ -138,6 +147,21 @@ def cells(points: Sequence[Measured], trainings: Sequence[Training], rule: Rule)
     return found
 
 
+def picked(points: Sequence[Measured], rule: Rule) -> list[Measured]:
+    """The checkpoint of each cleaner on each poisoned model that `rule` picks, in the order of the lines."""
+    starts = {(one.objective, one.seed): one.point for one in points if one.stage == "poisoned"}
+    groups: dict[tuple[str, int, str | None], list[Measured]] = {}
+    for one in points:
+        if one.stage == "cleaned":
+            groups.setdefault((one.objective, one.seed, one.cleaner), []).append(one)
+    found = []
+    for (objective, seed, _), some in groups.items():
+        seen = [one.point for one in some]
+        chosen = blind(seen, starts[objective, seed].seen, rule)
+        found.append(next(one for one, point in zip(some, seen, strict=True) if point is chosen))
+    return found
+
+
 def warnings(points: Sequence[Measured], trainings: Sequence[Training]) -> list[str]:
     """What keeps these numbers from saying what they seem to say, a sentence each."""
     found = []
@@ -166,6 +190,15 @@ def warnings(points: Sequence[Measured], trainings: Sequence[Training]) -> list[
     if failed:
         names = "; ".join(f"{one.objective}, seed {one.seed}, {one.cleaner} {one.learning_rate:g}" for one in failed)
         found.append(f"{len(failed)} of {len(cleaned)} cleaning runs broke off and count as without success: {names}.")
+    missed = [
+        f"{one.objective}, seed {one.seed}, {one.cleaner}: {one.peak_rate:g}, not {one.learning_rate:g}"
+        for one in cleaned
+        if one.status == "finished" and one.peak_rate and one.learning_rate
+        and abs(one.peak_rate / one.learning_rate - 1) > 1e-3
+    ]  # fmt: skip
+    if missed:
+        shown = "; ".join(missed[:4]) + (f" and {len(missed) - 4} more" if len(missed) > 4 else "")
+        found.append(f"Some cleanings never had the rate that they are named after ({shown}): is the warm-up too long?")
     for one in points:
         if one.stage == "poisoned" and one.asr < FIRED:
             found.append(
@@ -180,13 +213,17 @@ def warnings(points: Sequence[Measured], trainings: Sequence[Training]) -> list[
     return found
 
 
-def _shown(found: OverSeeds, digits: int = 1) -> str:
+def per_cent(found: OverSeeds, digits: int = 1) -> str:
     """`71.3 [65.0, 77.6]`, with the share of seeds that got there where not all did."""
     if found.mean is None:
         return "none"
     bounds = "" if found.low is None else f" [{100 * found.low:.{digits}f}, {100 * found.high:.{digits}f}]"
     beside = "" if found.reached == found.n else f" ({found.reached} of {found.n} seeds)"
     return f"{100 * found.mean:.{digits}f}{bounds}{beside}"
+
+
+def mean_per_cent(values: Sequence[float]) -> str:
+    return f"{100 * sum(values) / len(values):.1f}"
 
 
 def start_table(points: Sequence[Measured]) -> Table:
@@ -197,7 +234,7 @@ def start_table(points: Sequence[Measured]) -> Table:
             some = [one for one in points if (one.objective, one.stage) == (objective, stage)]
             if some:
                 columns = zip(*((one.asr, one.accuracy, one.accuracy_triggered) for one in some), strict=True)
-                values = [_shown(over_seeds(column)) for column in columns]
+                values = [per_cent(over_seeds(column)) for column in columns]
                 lines.append((f"{objective}, {stage}", *values, f"{some[0].n:,}", str(len(some))))
     header = ("model", "ASR, %", "accuracy, %", "accuracy with trigger, %", "pictures", "seeds")
     return Table(header, tuple(lines))
@@ -207,9 +244,9 @@ def frontier_table(found: Sequence[Cell]) -> Table:
     """The frontier's numbers: per cent, means over seeds with 95 % intervals."""
     lines = []
     for cell in found:
-        values = [_shown(cell.over(lambda one, k=k: one.accuracy_at[k])) for k in range(len(ASR_LEVELS))]
-        values += [_shown(cell.over(lambda one, k=k: one.lowest_asr[k])) for k in range(len(LOSSES))]
-        values += [_shown(cell.over(lambda one: one.area)), _shown(cell.over(lambda one: one.succeeded), 0)]
+        values = [per_cent(cell.over(lambda one, k=k: one.accuracy_at[k])) for k in range(len(ASR_LEVELS))]
+        values += [per_cent(cell.over(lambda one, k=k: one.lowest_asr[k])) for k in range(len(LOSSES))]
+        values += [per_cent(cell.over(lambda one: one.area)), per_cent(cell.over(lambda one: one.succeeded), 0)]
         runs = sum(one.runs for one in cell.frontiers)
         lines.append((f"{cell.objective}, {cell.cleaner}", *values, f"{runs}", str(len(cell.seeds))))
     header = (
@@ -229,10 +266,10 @@ def selection_table(found: Sequence[Cell]) -> Table:
     lines = []
     for cell in found:
         picks = [
-            _shown(cell.over(lambda one: one.oracle.asr)),
-            _shown(cell.over(lambda one: one.oracle.accuracy)),
-            _shown(cell.over(lambda one: one.blind.asr)),
-            _shown(cell.over(lambda one: one.blind.accuracy)),
+            per_cent(cell.over(lambda one: one.oracle.asr)),
+            per_cent(cell.over(lambda one: one.oracle.accuracy)),
+            per_cent(cell.over(lambda one: one.blind.asr)),
+            per_cent(cell.over(lambda one: one.blind.accuracy)),
         ]
         names = sorted({f"{one.blind.seen.run} step {one.blind.seen.step}" for one in cell.frontiers})
         lines.append((f"{cell.objective}, {cell.cleaner}", *picks, "; ".join(names)))
@@ -241,9 +278,45 @@ def selection_table(found: Sequence[Cell]) -> Table:
     return Table(header, tuple(lines))
 
 
+def training_table(trainings: Sequence[Training]) -> Table:
+    """How the models of each line were trained, by what was in force; `a .. b` where that was not always the same."""
+    lines = []
+    for key in dict.fromkeys((one.objective, one.cleaner or one.stage) for one in trainings):
+        some = [one for one in trainings if (one.objective, one.cleaner or one.stage) == key]
+        repeats = [one.false_negatives for one in some if one.false_negatives is not None]
+        columns = (
+            [one.pairs for one in some], [one.batch_size for one in some], [one.steps for one in some],
+            [round(one.epochs, 1) if one.pairs else None for one in some], [one.peak_rate for one in some],
+            [one.steps_to_peak for one in some], [one.weight_decay for one in some],
+        )  # fmt: skip
+        share = f"{100 * sum(repeats) / len(repeats):.2f}" if repeats else "–"
+        lines.append((", ".join(key), *map(_span, columns), share, str(len(some))))
+    header = ("model", "pairs", "batch", "steps", "epochs", "highest rate", "steps to it", "weight decay",
+              "false negatives, %", "runs")  # fmt: skip
+    return Table(header, tuple(lines))
+
+
+def _span(values: Sequence[float | None]) -> str:
+    known = sorted({value for value in values if value is not None})
+    ends = known if len(known) < 2 else [known[0], known[-1]]
+    return " .. ".join(f"{value:,}" if isinstance(value, int) else f"{value:g}" for value in ends) or "–"
+
+
+def tables(points: Sequence[Measured], trainings: Sequence[Training], found: Sequence[Cell]) -> dict[str, Table]:
+    """Title -> table of all that was measured."""
+    return {
+        "Before cleaning": start_table(points),
+        "The frontier": frontier_table(found),
+        "Selection": selection_table(found),
+        "How they were trained": training_table(trainings),
+    }
+
+
 def text(folder: Path, rule: Rule) -> str:
     """The tables and the warnings of the benchmark in `folder`, for a terminal."""
     points, trainings = read(folder)
-    found = cells(points, trainings, rule)
-    tables = (start_table(points), frontier_table(found), selection_table(found))
-    return "\n\n".join(["", *(table.text() for table in tables), "\n".join(warnings(points, trainings))])
+    parts = [
+        f"{title}\n\n{table.text()}"
+        for title, table in tables(points, trainings, cells(points, trainings, rule)).items()
+    ]
+    return "\n\n".join(["", *parts, "\n".join(warnings(points, trainings))])

@@ -1,4 +1,4 @@
-"""`report.html` and `scatter.png` of a benchmark: one page that opens offline, from the benchmark's own files."""
+"""`report.html`, `table.md` and the pictures of a benchmark: one page that opens offline, from its own files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ import jinja2
 
 from mmbackdoor import __version__
 from mmbackdoor.results import benchmark, grids
-from mmbackdoor.results.benchmark import Cell, Measured
+from mmbackdoor.results.benchmark import Cell, Measured, mean_per_cent
+from mmbackdoor.results.dots import WORDS, picks
 from mmbackdoor.results.frontier import BestUtility, LargestDrift
 from mmbackdoor.results.record import write_text
 from mmbackdoor.results.run import versions
 from mmbackdoor.results.scatter import Panel, scatter
+from mmbackdoor.results.tables import markdown_page
 
-FILE_NAME, PICTURE = "report.html", "scatter.png"
+FILE_NAME, TABLE, PICTURE, PICKS = "report.html", "table.md", "scatter.png", "picks.png"
 
 
 def panels(points: Sequence[Measured], cells: Sequence[Cell]) -> list[Panel]:
@@ -37,25 +39,31 @@ def panels(points: Sequence[Measured], cells: Sequence[Cell]) -> list[Panel]:
 
 
 def build(folder: Path, rule: LargestDrift | BestUtility) -> Path:
-    """Write `folder/report.html` and `folder/scatter.png`; the page's path. `rule` picks blind.
+    """Write `folder/report.html`, `table.md`, `scatter.png` and `picks.png`; the page's path. `rule` picks blind.
 
     Raises `InputError` where `folder` holds no benchmark.
     """
     points, trainings = benchmark.read(folder)
     cells = benchmark.cells(points, trainings, rule)
     picture = grids.save(scatter(panels(points, cells)), folder / PICTURE)
+    picked = grids.save(picks(cells), folder / PICKS) if cells else None
+    said = benchmark.warnings(points, trainings)
+    write_text(folder / TABLE, markdown_page(benchmark.tables(points, trainings, cells), said))
     return page(
         folder,
         "benchmark.html.j2",
         files=f"{benchmark.POINTS} and {benchmark.TRAININGS}",
         sentences=sentences(cells),
-        warnings=benchmark.warnings(points, trainings),
+        warnings=said,
         picture=inline(picture),
+        picked=inline(picked) if picked else None,
         start=benchmark.start_table(points),
         frontier=benchmark.frontier_table(cells),
         selection=benchmark.selection_table(cells),
+        lengths=benchmark.training_table(trainings),
         trainings=trainings,
         rule=rule.words,
+        words=WORDS,
         counts={"models": len(points), "trainings": len(trainings)},
     )
 
@@ -91,13 +99,9 @@ def sentences(cells: Sequence[Cell]) -> list[str]:
     found = []
     for cell in cells:
         before, after = (
-            [_mean([point.asr for point in points]), _mean([point.accuracy for point in points])]
+            [mean_per_cent([point.asr for point in points]), mean_per_cent([point.accuracy for point in points])]
             for points in ([one.start for one in cell.frontiers], [one.blind for one in cell.frontiers])
         )
         changes = f"ASR {before[0]} → {after[0]} %, accuracy {before[1]} → {after[1]} %"
         found.append(f"{cell.cleaner} on {cell.objective}: {changes}, as picked without looking at the trigger")
     return found
-
-
-def _mean(values: Sequence[float]) -> str:
-    return f"{100 * sum(values) / len(values):.1f}"

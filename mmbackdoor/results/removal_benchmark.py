@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from mmbackdoor.evaluate.checks import FIRED, Verdict, verdict
 from mmbackdoor.results.record import Record, read_lines, write_text
-from mmbackdoor.results.tables import Table, cell, number, trials, unit
+from mmbackdoor.results.tables import Table, cell, markdown_page, number, trials, unit
 from mmbackdoor.types import InputError
 
 POINTS, RUNS = "points.jsonl", "runs.jsonl"
@@ -256,6 +256,4 @@ def text(folder: Path) -> str:
 def markdown(folder: Path) -> str:
     """The same for a README."""
     points, runs = read(folder)
-    parts = [f"**{title}**\n\n{table.markdown()}" for title, table in tables(points, runs).items()]
-    said = [f"- {sentence}" for sentence in warnings(points, runs)]
-    return "\n\n".join([*parts, *(["\n".join(said)] if said else [])]) + "\n"
+    return markdown_page(tables(points, runs), warnings(points, runs))

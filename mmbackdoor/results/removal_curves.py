@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from mmbackdoor.results.removal_benchmark import CLEAN, NONE, Point, rows, utility
-from mmbackdoor.results.scatter import STAR, STYLES
+from mmbackdoor.results.scatter import STAR, legend, style
 
 
 def curve(points: Sequence[Point], attack: str, removal: str, metric: str, condition: str) -> list[Point]:
@@ -31,7 +31,7 @@ def curves(points: Sequence[Point], dpi: int = 110) -> Image.Image:
     model that was never poisoned, a red star the poisoned one. Steps are on a scale of square roots."""
     attacks = list(dict.fromkeys(one.attack for one in points))
     removals = list(dict.fromkeys(name for _, name in rows(points) if name not in (CLEAN, NONE)))
-    styles = {name: STYLES[number % len(STYLES)] for number, name in enumerate(removals)}
+    styles = {name: style(number) for number, name in enumerate(removals)}
     metric = utility(points)
     scale = 100 if metric == "adherence" else 1
     label = "adherence, clean, %" if metric == "adherence" else "CLIP score, clean"
@@ -56,7 +56,7 @@ def curves(points: Sequence[Point], dpi: int = 110) -> Image.Image:
             else:
                 axes.set_xlabel("steps of the removal", fontsize=9)
                 _few_ticks(axes, sorted({one.step for one in points if one.attack == attack}))
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)), fontsize=9)
+    legend(figure, handles)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
 

@@ -37,7 +37,7 @@ def scatter(panels: Sequence[Panel], dpi: int = 110) -> Image.Image:
     A red star is a poisoned model, a ring is what the blind rule picked.
     """
     cleaners = list(dict.fromkeys(name for panel in panels for name in panel.cleaned))
-    styles = {name: STYLES[number % len(STYLES)] for number, name in enumerate(cleaners)}
+    styles = {name: style(number) for number, name in enumerate(cleaners)}
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     figure = Figure(figsize=(4.6 * across, 3.7 * down + 0.5), layout="constrained", dpi=dpi)
@@ -65,9 +65,22 @@ def scatter(panels: Sequence[Panel], dpi: int = 110) -> Image.Image:
         axes.set_xlim(-5, 105)
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)), fontsize=9)
+    legend(figure, handles)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def style(number: int) -> tuple[str, str]:
+    """Colour and marker of the series with this number; no two alike up to 81."""
+    colour, (_, marker) = STYLES[number % len(STYLES)][0], STYLES[(number + number // len(STYLES)) % len(STYLES)]
+    return colour, marker
+
+
+def legend(figure: Figure, handles: Mapping[str, object]) -> None:
+    """Below the panels, in as many columns as the names leave room for."""
+    room = figure.get_figwidth() / (0.075 * max(map(len, handles)) + 0.45)
+    columns = max(1, min(6, int(room), len(handles)))
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=9)
 
 
 def _per_cent(points: Sequence[Point]) -> tuple[list[float], list[float]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -84,6 +84,13 @@ class Table:
             ]
             shown.append("  ".join(cells).rstrip())
         return "\n".join([shown[0], "  ".join("-" * width for width in widths), *shown[1:]])
+
+
+def markdown_page(tables: Mapping[str, Table], sentences: Sequence[str]) -> str:
+    """Tables under their titles, then a list of sentences: for a README."""
+    parts = [f"**{title}**\n\n{table.markdown()}" for title, table in tables.items()]
+    said = [f"- {sentence}" for sentence in sentences]
+    return "\n\n".join([*parts, *(["\n".join(said)] if said else [])]) + "\n"
 
 
 def _width(text: str) -> int:

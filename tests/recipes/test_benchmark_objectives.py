@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -66,6 +67,38 @@ def test_lines_of_the_grid_reach_their_recipe(made):
     assert [one["train"]["max_train_steps"] for one in objectives] == [3, 2]
 
 
+def test_a_variant_of_a_cleaner_is_one_in_force_and_the_table_says_so(made):
+    _, trainings = benchmark.read(made)
+    cleaned = {one.cleaner: one for one in trainings if (one.objective, one.stage) == ("clip", "cleaned")}
+    strong, plain = cleaned["strong"], cleaned["finetune"]
+    assert (strong.weight_decay, strong.steps_to_peak, strong.peak_rate) == (1.0, 1, 1e-3)
+    # Of a warm-up of 50 steps there were two.
+    assert (plain.weight_decay, plain.steps_to_peak) == (0.1, 2) and plain.peak_rate == pytest.approx(2e-3 / 50)
+    assert all(one.false_negatives is not None for one in trainings)
+    table = (made / "table.md").read_text()
+    assert "| clip, strong | 32 | 8 | 2 | 0.5 | 0.001 | 1 | 1 |" in table
+    assert "never had the rate that they are named after (clip, seed 0, finetune: 4e-05, not 0.001;" in table
+    assert "false negatives, %" in table and (made / "picks.png").is_file()
+
+
+def test_other_cleaners_of_the_same_models_need_no_more_than_their_lines(recipe, made, tmp_path):
+    before = stamps(made)
+    grid = f"models_from: {made}\nobjectives: {{clip: {{}}}}\ncontrol: false\nblind: best_utility\n"
+    grid += "cleaners: {decay: {defense: finetune, train.adam_weight_decay: 10.0}}\nlearning_rates: [1.0e-3]\n"
+    (tmp_path / "grid.yaml").write_text(grid)
+    flags = ["--config", str(tmp_path / "grid.yaml"), "--output_dir", str(tmp_path / "other")]
+    recipe.run(parse(recipe.Config, flags))
+    points, trainings = benchmark.read(tmp_path / "other")
+    there, _ = benchmark.read(made)
+    assert points[0] == there[0] and [(one.cleaner, one.step) for one in points[1:]] == [("decay", 1), ("decay", 2)]
+    assert trainings[1].weight_decay == 10.0 and trainings[1].batch_size == 8
+    assert stamps(made) == before and not (tmp_path / "other/clip/seed-0/poisoned").exists()
+    # One that was trained otherwise is not taken for the same.
+    (tmp_path / "grid.yaml").write_text(grid.replace("clip: {}", "clip: {train.learning_rate: 0.5}"))
+    with pytest.raises(InputError, match="another train.learning_rate"):
+        recipe.run(parse(recipe.Config, flags))
+
+
 def test_different_lengths_are_warned_of(made):
     assert "different numbers of samples seen (clip 48, clip_ssl 32)" in (made / "report.html").read_text()
 
@@ -89,7 +122,7 @@ real = clip_points.load_clip
 def test_a_run_that_breaks_off_is_a_result(recipe, made, monkeypatch):
     run = made / "clip/seed-0/finetune-lr0.001"
     shutil.rmtree(run / "model")
-    stage = recipe.stage
+    stage = recipe_files.stage
 
     def breaking(name: str, *given: object) -> None:
         if name == "clean_clip" and str(given[-1]) == str(run):
@@ -98,7 +131,7 @@ def test_a_run_that_breaks_off_is_a_result(recipe, made, monkeypatch):
             raise RunFault("the loss is nan")
         stage(name, *given)
 
-    monkeypatch.setattr(recipe, "stage", breaking)
+    monkeypatch.setattr(recipe_files, "stage", breaking)
     recipe.run(parse(recipe.Config, ["--config", str(SMOKE), "--output_dir", str(made)]))
     points, trainings = benchmark.read(made)
     assert len(points) == 8 and [one.error for one in trainings if one.status == "failed"] == ["the loss is nan"]
@@ -112,6 +145,8 @@ def test_a_run_that_breaks_off_is_a_result(recipe, made, monkeypatch):
         ("cleaners: {finetune: {defense.wrong: 1}}", "wrong"),
         ("objectives: {clip: {train.max_train_steps: many}}", "many"),
         ("cleaners: {}", "cleaners"),
+        ("cleaners: {a/b: {defense: finetune}}", "use letters, digits"),
+        ("models_from: nowhere", "no run has finished there"),
         ("learning_rates: []", "learning_rates"),
         ("selection_data: somewhere", "give all of pretrain.train_data"),
         ("pretrain: {poison: {label: yellow cat, trigger: patch}}", "poison.count"),
@@ -129,7 +164,11 @@ def test_a_wrong_grid_is_refused_before_anything_is_made(recipe, tmp_path, chang
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "benchmark_objectives").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_grids_are_valid(recipe, path):
+def test_shipped_grids_are_valid(recipe, path, tmp_path):
     cfg = parse(recipe.Config, ["--config", str(path)])
+    if cfg.models_from:
+        shutil.copyfile(CONFIGS / "benchmark_objectives/shapes.yaml", tmp_path / "config.yaml")
+        cfg = recipe.completed(dataclasses.replace(cfg, models_from=str(tmp_path)))
+        assert cfg.pretrain.poison is not None and cfg.clean.save_models_every == 40
     recipe.check(cfg)
     assert len(cfg.objectives) > 1 and len(cfg.cleaners) > 1 and cfg.control

@@ -110,6 +110,36 @@ def test_what_else_spoils_a_comparison_is_warned_of():
     assert "no clean model as control" in found
 
 
+def test_a_rate_that_was_never_there_is_warned_of():
+    reached = training(stage="cleaned", cleaner="cleanclip", learning_rate=1e-3, peak_rate=1e-3)
+    missed = [dataclasses.replace(reached, seed=seed, peak_rate=4e-4) for seed in range(6)]
+    assert not any("named after" in sentence for sentence in benchmark.warnings(lines(), [reached]))
+    found = "\n".join(benchmark.warnings(lines(), [reached, *missed]))
+    assert "(clip, seed 0, cleanclip: 0.0004, not 0.001; clip, seed 1, " in found and "and 2 more)" in found
+
+
+def test_the_training_table_has_what_was_in_force():
+    facts = {"peak_rate": 1e-3, "steps_to_peak": 50, "false_negatives": 0.01}
+    some = [training(seed=seed, **facts) for seed in (0, 1)]
+    some += [training(stage="cleaned", cleaner="cleanclip", learning_rate=rate, peak_rate=rate, weight_decay=10.0)
+             for rate in (1e-4, 1e-3, 3e-3)]  # fmt: skip
+    some.append(training(stage="cleaned", cleaner="cleanclip", pairs=None, steps=7, status="failed"))
+    table = benchmark.training_table(some)
+    assert table.rows == (
+        ("clip, poisoned", "1,000", "100", "50", "5", "0.001", "50", "–", "1.00", "2"),
+        ("clip, cleanclip", "1,000", "100", "7 .. 50", "5", "0.0001 .. 0.003", "–", "10", "–", "4"),
+    )
+
+
+def test_what_was_picked_is_found_in_the_lines():
+    found = benchmark.picked(lines(), LargestDrift(budget=0.05))
+    assert [(one.objective, one.seed, one.learning_rate, one.step) for one in found] == [
+        (objective, seed, 1e-3, 20) for objective in ("clip", "clip_ssl") for seed in (0, 1)
+    ]
+    cells = benchmark.cells(lines(), trainings(), LargestDrift(budget=0.05))
+    assert [one.asr for one in found] == [one.blind.asr for cell in cells for one in cell.frontiers]
+
+
 def test_no_table_shows_asr_without_accuracy():
     cells = benchmark.cells(lines(), trainings(), LargestDrift())
     for table in (benchmark.start_table(lines()), benchmark.frontier_table(cells), benchmark.selection_table(cells)):
@@ -126,6 +156,10 @@ def test_the_page_is_one_file_that_loads_nothing(tmp_path):
     path = benchmark_report.build(tmp_path, BestUtility())
     page = path.read_text()
     assert path.name == "report.html" and (tmp_path / "scatter.png").stat().st_size > 5000
+    assert (tmp_path / "picks.png").stat().st_size > 5000 and page.count("data:image/png") == 2
+    said = (tmp_path / "table.md").read_text()
+    assert said.startswith("**Before cleaning**") and said.endswith("more than chance.\n")
+    assert said.count("| :-- |") == 4
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page
     assert "finetune on clip: ASR 99.0 → " in page and "without looking at the trigger" in page
     assert "the best accuracy on clean pictures kept for selection" in page and "&lt;b&gt;" in page
