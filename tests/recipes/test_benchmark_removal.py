@@ -230,5 +230,11 @@ def test_a_wrong_grid_is_refused_before_anything_is_made(recipe, tmp_path, chang
 def test_shipped_grids_are_valid(recipe, path):
     cfg = parse(recipe.Config, ["--config", str(path)])
     attacks, suites = recipe.check(cfg)
-    assert len(attacks) >= 3 and len(cfg.removals) >= 3 and len(cfg.seeds) >= 3
+    assert len(cfg.removals) >= 2 and len(cfg.seeds) >= (5 if cfg.tuning else 3)
+    studies = {"tiny": ({"patch", "style", "object"}, {"finetune", "skd", "skd_cag"})}
+    if path.stem in studies:
+        assert (set(attacks), set(cfg.removals)) == studies[path.stem]
+    if cfg.tuning:
+        # Confirmed on an attack that was not tuned on.
+        assert {True, False} == {attack.tuned for attack in attacks.values()}
     assert all(len(suites[name, "evaluation"]) == cfg.material.n_prompts for name in attacks)
