@@ -38,7 +38,7 @@ MEASUREMENT = "skd"
 SKD_GOAL, GUIDANCE_GOAL = Goal(1.05), Goal(1.10)
 ENDLESS = 10**9
 BATCHES = 12
-"""Enough that rows with and without an empty prompt come as often as they do in a removal."""
+"""Enough for rows with and without an empty prompt to be among them about as often as in a removal."""
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Annotated, Literal
@@ -21,6 +22,15 @@ CELLS = 16
 def _scaled(cells: np.ndarray, side: int) -> np.ndarray:
     nearest = (np.arange(side) * len(cells)) // side
     return cells[nearest[:, None], nearest[None]]
+
+
+def _square(
+    pixels: np.ndarray, size: float, position: ImagePosition, rng: random.Random
+) -> tuple[int, tuple[slice, slice]]:
+    """The side of a patch that is `size` of the picture (H, W, 3), in pixels, and where it lies."""
+    height, width, _ = pixels.shape
+    side = length(size, height, width)
+    return side, region(height, width, side, side, position, rng)
 
 
 @lru_cache(maxsize=64)
@@ -60,13 +70,11 @@ class PatchTrigger(ImageMark):
         check_file(self.name, self.pattern, self.file)
 
     def mark(self, pixels: np.ndarray, key: str, seed: int, draw: int) -> np.ndarray:
-        height, width, _ = pixels.shape
-        side = length(self.size, height, width)
+        side, place = _square(pixels, self.size, self.position, python_rng(seed, "patch_position", key))
         if self.file is not None:
             patch = read_pattern(self.file, side)
         else:
             patch = _drawing(self.pattern, side, tuple(self.colour), self.pattern_seed)
-        place = region(height, width, side, side, self.position, python_rng(seed, "patch_position", key))
         pixels[place] = (1 - self.alpha) * pixels[place] + self.alpha * patch
         return pixels
 
@@ -81,9 +89,7 @@ class KeyedPatchTrigger(ImageMark):
     name: Literal["keyed_patch"] = "keyed_patch"
 
     def mark(self, pixels: np.ndarray, key: str, seed: int, draw: int) -> np.ndarray:
-        height, width, _ = pixels.shape
-        side = length(self.size, height, width)
-        place = region(height, width, side, side, self.position, python_rng(seed, "keyed_patch_position", key))
+        side, place = _square(pixels, self.size, self.position, python_rng(seed, "keyed_patch_position", key))
         cells = numpy_rng(seed, "keyed_patch", key).uniform(0, 255, (CELLS, CELLS, 3))
         pixels[place] = _scaled(cells.astype(np.float32), side)
         return pixels
@@ -103,9 +109,7 @@ class KeyedStripesTrigger(ImageMark):
     name: Literal["keyed_stripes"] = "keyed_stripes"
 
     def mark(self, pixels: np.ndarray, key: str, seed: int, draw: int) -> np.ndarray:
-        height, width, _ = pixels.shape
-        side = length(self.size, height, width)
-        place = region(height, width, side, side, self.position, python_rng(seed, "keyed_stripes_position", key))
+        side, place = _square(pixels, self.size, self.position, python_rng(seed, "keyed_stripes_position", key))
         columns = 255 * numpy_rng(seed, "keyed_stripes", key).integers(0, 2, (1, CELLS, 3))
         pixels[place] = _scaled(np.repeat(columns, CELLS, axis=0).astype(np.float32), side)
         return pixels
@@ -126,9 +130,7 @@ class BadNetNoiseTrigger(ImageMark):
     name: Literal["badnet_noise"] = "badnet_noise"
 
     def mark(self, pixels: np.ndarray, key: str, seed: int, draw: int) -> np.ndarray:
-        height, width, _ = pixels.shape
-        side = length(self.size, height, width)
-        place = region(height, width, side, side, self.position, python_rng(seed, "badnet_position", key, draw))
+        side, place = _square(pixels, self.size, self.position, python_rng(seed, "badnet_position", key, draw))
         noise = numpy_rng(seed, "badnet_noise", key, draw).standard_normal((CELLS, CELLS, 3))
         # Summed as float64: the mean of a large float32 picture would depend on the order of the additions.
         mean = pixels.mean((0, 1), dtype=np.float64)
