@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import yaml
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import broadcast_object_list
 from pydantic import Field
 
 from mmbackdoor.backdoor import Backdoor
 from mmbackdoor.config import Doc, to_yaml
+from mmbackdoor.defenses import SKD
 from mmbackdoor.defenses.skd import Trainable
 from mmbackdoor.evaluate.prompts import load_prompts
 from mmbackdoor.models import architectures
@@ -24,7 +25,8 @@ from mmbackdoor.models.shipped import shipped
 from mmbackdoor.objectives.diffusion import DiffusionBatch
 from mmbackdoor.results.run import config_change
 from mmbackdoor.seeding import torch_generator
-from mmbackdoor.speed.profiling import write_profile
+from mmbackdoor.results.record import write_text
+from mmbackdoor.speed.profiling import profiled
 from mmbackdoor.speed.rows import Where
 from mmbackdoor.speed.timing import Timed, interleaved, settled
 from mmbackdoor.targets import PatchTarget
@@ -40,6 +42,7 @@ DIVISOR = 4
 """What the widths of sd15_reduced are divided by."""
 BACKDOOR = Backdoor((ZeroWidthTrigger(),), PatchTarget())
 Count = Annotated[int, Field(ge=1)]
+Removal = TypeVar("Removal", bound=SKD)
 
 
 def _agree(count: int) -> int:
@@ -75,6 +78,7 @@ class Bench:
     precisions: Annotated[tuple[Precision, ...], Field(min_length=1), Doc("of the forward pass")] = ("no", "bf16")
     trainable: Annotated[Trainable, Doc("what SKD and SKD-CAG train, where nothing else is said")] = "attn2_kv"
     batch_size: Annotated[Count, Doc("of a removal's step, per process")] = 4
+    proportion_empty_prompts: Annotated[float, Field(ge=0, le=1), Doc("of the retention rows")] = 0.1
     rank: Annotated[Count, Doc("of the LoRA")] = 16
     gradient_checkpointing: Annotated[bool, Doc("in steps of removals")] = False
     repeats: Annotated[Count, Doc("rounds that each is measured in; the median counts")] = 7
@@ -90,6 +94,10 @@ class Bench:
             return load(shipped("tiny"), device=device, resolution=resolution)
         pipe = architectures.sd15(DIVISOR if self.architecture == "sd15_reduced" else 1, self.seed)
         return DiffusionModel(pipe, resolution=resolution).to(device)
+
+    def removal(self, kind: type[Removal], **settings: Any) -> Removal:
+        """One of the SKD family that trains what this says, with as many empty prompts."""
+        return kind(trainable=self.trainable, proportion_empty_prompts=self.proportion_empty_prompts, **settings)
 
     def prompts(self) -> list[str]:
         return load_prompts("shapes-train" if self.architecture == "tiny" else "general-train").texts
@@ -125,8 +133,10 @@ class Bench:
         )
 
     def look_into(self, contestants: Mapping[str, Timed], folder: Path, measurement: str) -> None:
-        """With `profile`, a file for each contestant in `folder/profile`."""
+        """With `profile`, a file for each contestant in `folder/profile`, of the first process."""
         if self.profile:
             for name, timed in contestants.items():
                 with timed.around():
-                    write_profile(folder / "profile" / f"{measurement}-{name.replace(' ', '_')}.txt", timed.act)
+                    table = profiled(timed.act)
+                if PartialState().is_main_process:
+                    write_text(folder / "profile" / f"{measurement}-{name.replace(' ', '_')}.txt", table)

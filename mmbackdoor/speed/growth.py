@@ -37,7 +37,7 @@ def measure(bench: Bench, folder: Path, doublings: int) -> list[Row]:
     """Needs `doublings` >= 1. One process; `processes_row` is for several."""
     precision = bench.precisions[0]
     accelerator, model, prompts = bench.accelerator(precision), bench.model(), bench.prompts()
-    defense = {"step": SKDCAG(trainable=bench.trainable)}
+    defense = {"step": bench.removal(SKDCAG)}
     factors = [2**k for k in range(doublings + 1)]
 
     def step(batch: int = bench.batch_size, texts: list[str] | None = None, on: DiffusionModel = model) -> Timed:

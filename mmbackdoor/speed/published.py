@@ -183,7 +183,7 @@ def no_step(bench: Bench) -> Callable[[], object]:
 
 
 def _ours(bench: Bench, precision: Precision, retention: bool = True) -> Timed:
-    defense = SKDCAG(trainable=bench.trainable, retention_weight=1.0 if retention else 0.0)
+    defense = bench.removal(SKDCAG, retention_weight=1.0 if retention else 0.0)
     return removals(bench, bench.model(), bench.accelerator(precision), precision, {"ours": defense})["ours"]
 
 

@@ -110,7 +110,7 @@ def measure(bench: Bench, folder: Path) -> list[Row]:
             seconds["floor"], where, unit="s", note=f"{len(prompts)} prompts",
         )
     ]  # fmt: skip
-    defense, student = TextEncoderSeal(), bench.model()
+    defense, student = TextEncoderSeal(proportion_empty_prompts=bench.proportion_empty_prompts), bench.model()
     batches = list(islice(bench.batches(student, Share(bench.batch_size)), BATCHES))
     timed = {
         "floor": text_floor(bench, student, batches, defense),

@@ -37,8 +37,8 @@ from mmbackdoor.train.parts import trained_part
 MEASUREMENT = "skd"
 SKD_GOAL, GUIDANCE_GOAL = Goal(1.05), Goal(1.10)
 ENDLESS = 10**9
-BATCHES = 12
-"""Enough for rows with and without an empty prompt to be among them about as often as in a removal."""
+BATCHES = 24
+"""Enough for empty prompts to be among their rows about as often as is said."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def floor(bench: Bench, precision: Precision, defense: SKD) -> Timed:
 def measure(bench: Bench, folder: Path) -> list[Row]:
     """With several processes ours alone is measured, as a line without a floor."""
     found = []
-    defenses = {"skd": SKD(trainable=bench.trainable), "skd_cag": SKDCAG(trainable=bench.trainable)}
+    defenses = {"skd": bench.removal(SKD), "skd_cag": bench.removal(SKDCAG)}
     for precision in bench.precisions:
         accelerator = bench.accelerator(precision)
         alone = accelerator.num_processes == 1

@@ -51,6 +51,18 @@ def test_the_floor_of_skd_takes_the_same_rows(trainable_part, share):
     assert rows.latents.shape[0] == 12 and (empty == round(6 * share) if share in (0, 1) else 0 < empty < 6)
 
 
+def test_a_tenth_of_the_retention_rows_has_the_empty_prompt_unless_said():
+    bench = replace(BENCH, batch_size=8)
+    assert bench.removal(SKD).proportion_empty_prompts == 0.1 and bench.removal(SKDCAG).trainable == "attn2_kv"
+    assert replace(bench, proportion_empty_prompts=0.5).removal(SKDCAG).proportion_empty_prompts == 0.5
+    model = bench.model()
+    setting = DiffusionSetting(model, model.unet, None, bench.seed)
+    batches = bench.batches(model, Share(8))
+    rows = [skd_steps.Rows.of(bench.removal(SKD), setting, BACKDOOR, next(batches)) for _ in range(24)]
+    share = sum(len(one.teacher_latents) - 8 for one in rows) / (8 * len(rows))
+    assert 0.05 < share < 0.16
+
+
 def test_ours_and_the_floor_take_the_same_steps():
     """Three whole optimiser steps: the floor's losses are those of the loop, but for the clipping of gradients."""
     bench = replace(BENCH, batch_size=2, trainable="attn2_kv")

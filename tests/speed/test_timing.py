@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from mmbackdoor.speed import bench as bench_module
 from mmbackdoor.speed.bench import Bench
 from mmbackdoor.speed.memory import peak_bytes
 from mmbackdoor.speed.rows import Goal, Where, compared, publish, read
@@ -135,6 +137,16 @@ def test_peak_memory_is_that_of_the_work_alone():
 def test_a_process_that_dies_is_a_fault():
     with pytest.raises(RunFault, match="measuring the memory of die ended with exit code 3"):
         peak_bytes(die)
+
+
+def test_a_profile_is_written_by_the_first_process_alone(tmp_path, monkeypatch):
+    calls = []
+    for first in (False, True):
+        monkeypatch.setattr(bench_module, "PartialState", lambda first=first: SimpleNamespace(is_main_process=first))
+        before = len(calls)
+        Bench(profile=True).look_into({"floor": Timed(lambda: calls.append(1))}, tmp_path, "skd")
+        assert len(calls) > before, "every process takes part, for the exchanges within"
+        assert (tmp_path / "profile/skd-floor.txt").is_file() == first
 
 
 def test_a_profile_names_the_longest_operations(tmp_path):
