@@ -48,7 +48,7 @@ NEUTRAL = {
     "num_machines",
     "num_processes",
 }
-# What may be changed to go on with an old run, when that is asked for.
+# What may be changed to go on with an old run, when that is asked for by `latest` or a checkpoint's path.
 CONTINUABLE = {"max_train_steps", "num_train_epochs", "learning_rate", "lr_scheduler", "lr_warmup_steps"}
 # What says which sample comes when: a checkpoint holds the order itself, and resuming compares that.
 ORDERING = {"train_data", "train_batch_size", "streams", "drop_last", "train_data_upsampling_factors"}
@@ -160,8 +160,9 @@ def _refuse_other(folder: Path, recipe: str, cfg: Any, config: dict[str, Any]) -
             f"--output_dir {str(folder)!r} holds a run of {old.get('recipe')!r}, not of {recipe!r}; choose another one"
         )
     old["config"] = completed(type(cfg), old["config"], str(folder / FILE_NAME))
-    resuming = any(_last(key) == "resume_from_checkpoint" and value for key, value in _flat(config).items())
-    but = NEUTRAL | (CONTINUABLE | ORDERING if resuming else set())
+    resuming = {value for key, value in _flat(config).items() if _last(key) == "resume_from_checkpoint"} - {None}
+    # `auto` goes on with what was stopped as it was; another rate or length has to be asked for.
+    but = NEUTRAL | (ORDERING if resuming else set()) | (CONTINUABLE if resuming - {"auto"} else set())
     differing = _differing(old["config"], config, but)
     if differing:
         way = "choose another --output_dir or give the old values"

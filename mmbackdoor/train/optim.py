@@ -47,7 +47,7 @@ class TrainConfig:
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.9999
     checkpointing_steps: Annotated[int, Field(ge=1)] = 500
     checkpoints_total_limit: Annotated[int, Field(ge=1)] = 2
-    resume_from_checkpoint: Annotated[str | None, Doc("a checkpoint's folder, latest, or auto: if there is one")] = None
+    resume_from_checkpoint: Annotated[str | None, Doc("a checkpoint's folder, latest, auto: if there is one, none: anew")] = "auto"
     resume_inexact: Annotated[bool, Doc("go on also where the data or their order are not the same any more")] = False
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
     streams: Annotated[int, Field(ge=1), Doc("parts that shards are read in: at least processes x workers")] = 48

@@ -100,6 +100,15 @@ def test_the_same_config_may_run_again_and_a_longer_one_may_resume(tmp_path: Pat
     assert start(tmp_path, Config(Train(max_train_steps=20))).content["resumed"] == read_run(tmp_path)["resumed"]
 
 
+def test_auto_goes_on_with_what_was_stopped_and_not_with_another_rate(tmp_path: Path) -> None:
+    """Else half of a run would have one rate and half another, under the name of the second."""
+    used(tmp_path, Config(Train(resume_from_checkpoint="auto")))
+    with pytest.raises(InputError, match=r"max_train_steps was 10 and is 20.*--resume_from_checkpoint latest"):
+        start(tmp_path, Config(Train(max_train_steps=20, resume_from_checkpoint="auto")))
+    assert start(tmp_path, Config(Train(resume_from_checkpoint="auto"))).previous == "finished"
+    assert start(tmp_path, Config(Train(max_train_steps=20, resume_from_checkpoint="latest"))).previous == "finished"
+
+
 def test_a_finished_model_is_not_trained_longer_in_its_folder(tmp_path: Path) -> None:
     used(tmp_path, Config())
     (tmp_path / "model").mkdir()
