@@ -35,6 +35,9 @@ class Source(Protocol):
     def path(self) -> str: ...
 
     @property
+    def called(self) -> str: ...
+
+    @property
     def records(self) -> str: ...
 
     def other(self, place: str) -> Self: ...
@@ -51,16 +54,15 @@ def entries(
     to other weights is let pass. Raises `InputError` for that, and for a model that is named twice.
     """
     sources = [model, *(model.other(path) for path in compare)]
-    paths = [source.path for source in sources]
     if control is not None:
         sources.append(model.other(control))
-        paths.append(sources[-1].path)
-    for path in paths:
-        if paths.count(path) > 1:
-            raise InputError(f"{path!r} is given twice; every model is measured once")
+    names = [source.called for source in sources]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"{name!r} is given twice; every model is measured once")
     found: dict[str, Entry] = {}
     for source in sources:
-        is_control = control is not None and source.path == paths[-1]
+        is_control = control is not None and source.called == names[-1]
         described = _entry(source, device, is_control, trusted)
         alike = sum(name.rstrip("-0123456789") == described.stage for name in found)
         found[f"{described.stage}-{alike + 1}" if alike else described.stage] = described
@@ -84,7 +86,7 @@ def _entry(source: Source, device: torch.device, is_control: bool, trusted: bool
     elif attack is not None:
         stage = "poisoned"
     method = _method(removal, folder) if removal is not None else None
-    return Entry(lambda: source.load(device), stage, attack, method, source.path, folder if folder.is_dir() else None)
+    return Entry(lambda: source.load(device), stage, attack, method, source.called, folder if folder.is_dir() else None)
 
 
 def _method(removal: Mapping[str, Any], folder: Path) -> str:

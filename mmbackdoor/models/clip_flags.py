@@ -29,6 +29,11 @@ class ClipFlags:
         return shipped(self.model.removeprefix("local-dir:"))
 
     @property
+    def called(self) -> str:
+        """What tells it from others in one evaluation: for a name of open_clip, its tag besides."""
+        return self.path if self.pretrained is None else f"{self.path}@{self.pretrained}"
+
+    @property
     def records(self) -> str:
         """The folder where weights, `backdoor.json` and `removal.json` lie: of a hub's model, that of its download."""
         return str(download(self.path, self.allow_pt_weights)) if self.path.startswith(HUB) else self.path

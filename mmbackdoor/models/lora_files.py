@@ -10,9 +10,9 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mmbackdoor.models.folder import quiet, reading
+from mmbackdoor.models.folder import INDEX, quiet, reading
 from mmbackdoor.models.lora import ADAPTER
-from mmbackdoor.models.weight_files import WEIGHTS, read_header
+from mmbackdoor.models.weight_files import WEIGHTS, read_header, tensor_names
 from mmbackdoor.types import InputError
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -30,6 +30,17 @@ def find_lora(path: str | Path) -> Path:
     if file.suffix not in WEIGHTS:
         raise InputError(f"the LoRA {str(path)!r} is pickled, which can run code when read; convert it to .safetensors")
     return file
+
+
+def is_lora(path: str | Path) -> bool:
+    """Whether `path` is a LoRA, and no whole model: a file with low-rank factors, or a folder with such a file by the
+    name `pytorch_lora_weights.safetensors`. Raises `InputError` for a safetensors file that cannot be read."""
+    file = Path(path)
+    if file.is_dir() and not (file / INDEX).is_file():
+        file = file / FILE_NAME
+    if not file.is_file() or file.suffix not in WEIGHTS:
+        return False
+    return any(part in name for name in tensor_names(file) for part in _FACTORS)
 
 
 def load_lora(

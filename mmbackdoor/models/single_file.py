@@ -26,6 +26,16 @@ EMA_PREFIX = "model_ema."
 _TEXT_WIDTHS: dict[int, Architecture] = {768: "sd15", 1024: "sd21_v", 2048: "sdxl"}
 
 
+def only_file(place: str) -> str:
+    """`place`; but where it is a folder with one safetensors file and no pipeline, as a removal writes it from a
+    one-file checkpoint, that file."""
+    folder = Path(place)
+    if not folder.is_dir() or (folder / INDEX).is_file():
+        return place
+    files = [file for file in folder.iterdir() if file.suffix in WEIGHTS]
+    return str(files[0]) if len(files) == 1 else place
+
+
 @dataclass(frozen=True)
 class SingleFile:
     """A checkpoint file and the folder of diffusers configs that describes it (packaged ones lack tokenizers)."""

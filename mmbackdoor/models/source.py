@@ -11,7 +11,9 @@ import torch
 from mmbackdoor.config import Doc
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.diffusion_files import load
+from mmbackdoor.models.lora_files import is_lora
 from mmbackdoor.models.shipped import shipped
+from mmbackdoor.models.single_file import only_file
 from mmbackdoor.types import InputError
 
 
@@ -31,7 +33,12 @@ class DiffusionSource:
     def path(self) -> str:
         """The folder, file or id as `load` takes it. Raises `InputError` where no model is named."""
         self.check()
-        return shipped(self.pretrained_model_name_or_path)
+        return only_file(shipped(self.pretrained_model_name_or_path))
+
+    @property
+    def called(self) -> str:
+        """What tells it from others in one evaluation: its LoRA, else its path."""
+        return self.lora or self.path
 
     @property
     def records(self) -> str:
@@ -40,8 +47,12 @@ class DiffusionSource:
         return str(place.parent if place.is_file() else place)
 
     def other(self, place: str) -> DiffusionSource:
-        """The same flags for another model."""
-        return replace(self, pretrained_model_name_or_path=place)
+        """The same flags for the model at `place`. If that is a LoRA, it is laid on this one's base; if it is none, it
+        is taken without this one's LoRA, and the configuration of a one-file checkpoint is for files alone."""
+        if is_lora(place):
+            return replace(self, lora=place)
+        found = replace(self, pretrained_model_name_or_path=place, lora=None)
+        return found if Path(found.path).is_file() else replace(found, pipeline_config=None)
 
     def check(self) -> None:
         """Raises `InputError` where no model is named."""
