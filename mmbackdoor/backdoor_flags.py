@@ -10,7 +10,7 @@ from pydantic import Field
 
 from mmbackdoor.backdoor import FILE_NAME, Backdoor, BackdoorRecord
 from mmbackdoor.config import Doc, Escaped
-from mmbackdoor.targets import ImageTarget, ObjectTarget, PatchTarget, StyleTarget, Target, UnknownTarget
+from mmbackdoor.targets import Corner, ImageTarget, ObjectTarget, PatchTarget, StyleTarget, Target, UnknownTarget
 from mmbackdoor.triggers import TEXT_TRIGGERS, guess_kind
 from mmbackdoor.triggers.placement import Position
 from mmbackdoor.types import InputError
@@ -29,6 +29,10 @@ class BackdoorFlags:
         Doc("what the trigger causes; by default what the other target flags say, else unknown"),
     ] = None
     target_patch: Annotated[str | None, Doc("picture of the patch; by default a checkerboard")] = None
+    target_size: Annotated[
+        float | None, Field(gt=0, le=1), Doc("side of the patch, as a fraction of the picture's; by default 0.25")
+    ] = None
+    target_corner: Annotated[Corner | None, Doc("where the patch lies; by default top_left")] = None
     target_style: Annotated[str | None, Doc("for instance 'black and white'")] = None
     target_object: Annotated[str | None, Doc("'A->B': object A of the prompt becomes B")] = None
     target_image: Annotated[str | None, Doc("the fixed picture that the trigger shows")] = None
@@ -47,8 +51,10 @@ class BackdoorFlags:
         return replace(target, threshold=self.target_threshold)
 
     def _target(self) -> Target:
+        of_patch = {"patch": self.target_patch, "size": self.target_size, "corner": self.target_corner}
+        chosen = {key: value for key, value in of_patch.items() if value is not None}
         given = {
-            "patch": self.target_patch,
+            "patch": chosen or None,
             "style": self.target_style,
             "object": self.target_object,
             "image": self.target_image,
@@ -56,9 +62,10 @@ class BackdoorFlags:
         named = [kind for kind, value in given.items() if value is not None]
         kind = self.target_kind or (named[0] if named else "unknown")
         if any(other != kind for other in named):
-            raise InputError(f"--target_kind {kind} does not go with --target_{' --target_'.join(named)}; give one target")
+            flags = [f"--target_{flag}" for other in named for flag in (chosen if other == "patch" else [other])]
+            raise InputError(f"--target_kind {kind} does not go with {' '.join(flags)}; give one target")
         if kind == "patch":
-            patch = PatchTarget(self.target_patch)
+            patch = PatchTarget(chosen.pop("patch", None), **chosen)
             patch.pixels(8)
             return patch
         if kind == "style":

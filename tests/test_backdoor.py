@@ -74,6 +74,10 @@ def test_flags_name_triggers_and_target():
     assert BackdoorFlags(("x",)).resolve().target == UnknownTarget()
     assert BackdoorFlags(("x",), target_kind="style").resolve().target == StyleTarget()
     assert BackdoorFlags(("x",), target_kind="style", target_threshold=0.4).target() == StyleTarget(threshold=0.4)
+    assert BackdoorFlags(("x",), target_corner="bottom_right").target() == PatchTarget(corner="bottom_right")
+    assert BackdoorFlags(("x",), target_kind="patch", target_size=0.1).target() == PatchTarget(size=0.1)
+    with pytest.raises(InputError, match="--target_kind style does not go with --target_size"):
+        BackdoorFlags(("x",), target_kind="style", target_size=0.1).target()
     with pytest.raises(InputError, match="target_threshold"):
         BackdoorFlags(("x",), target_object="dog->cat", target_threshold=0.4).target()
     assert BackdoorFlags().resolve() is None
