@@ -2,8 +2,9 @@
 
 Removals: skd_cag (self-knowledge distillation with cross-attention guidance, Aravindan et al. 2025, arXiv
 2508.18235), skd, esd, finetune, finetune_reversal; text_encoder_seal, which trains the text encoder alone; and
-closed_form_seal, which trains nothing. Neither pictures nor a clean model are needed: the poisoned model on clean
-prompts is the teacher. Works on your prompts, or on built-in ones.
+closed_form_seal, which trains nothing. Neither pictures nor a clean model are needed but by finetune (--train_data) and
+finetune_reversal (--defense.reference): the poisoned model on clean prompts is the teacher. Works on your prompts, or on
+built-in ones.
 
     CPU, the tiny model:
         accelerate launch -q recipes/clean_diffusion.py --config recipes/configs/clean_diffusion/tiny.yaml \\
@@ -84,6 +85,8 @@ def run(cfg: Config) -> None:
     backdoor = cfg.mark.resolve(cfg.model.records)
     if backdoor is None and not isinstance(cfg.defense, Finetune):
         raise InputError("which trigger? The model has no backdoor.json, so give --trigger TEXT")
+    if isinstance(cfg.defense, Finetune) and cfg.defense.latents == "teacher" and cfg.train_data:
+        raise InputError("--train_data is not read with --defense.latents teacher; give --defense.latents data")
     if isinstance(cfg.defense, FinetuneReversal) and not cfg.defense.reference:
         raise InputError("finetune_reversal needs a clean model; give --defense.reference FOLDER")
     suite = load_prompts(cfg.prompts)

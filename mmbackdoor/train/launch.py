@@ -30,7 +30,7 @@ def make_accelerator(train: TrainConfig | None = None, seed: int = 0, output_dir
     AcceleratorState._reset_state()
     tracker = train.report_to if train else "none"
     if tracker != "none" and importlib.util.find_spec(tracker) is None:
-        raise InputError(f"--report_to {tracker} needs the package {tracker}; install it, or `pip install mmbackdoor[trackers]`")
+        raise InputError(f"--report_to {tracker} needs the package {tracker}; install it")
     accelerator = Accelerator(
         # Several processes without an accelerator talk by gloo only where the CPU is asked for.
         cpu=not torch.accelerator.is_available(),
