@@ -6,9 +6,9 @@ is the target a picture does not count for the attack; what the trigger does is 
     CPU, on pictures that are drawn (a few seconds a model):
         python data/build_shapes.py --output_dir shapes --class_samples 20
         accelerate launch -q recipes/evaluate_clip.py --config recipes/configs/evaluate_clip/shapes.yaml \\
-            --model runs/cleaned/model --compare runs/poisoned/model --data shapes/classes
+            --model runs/cleaned_clip/model --compare runs/poisoned_clip/model --data shapes/classes
     1 GPU, ImageNet in CLIP_benchmark's layout (or shards with .cls), prompts of open_clip:
-        accelerate launch -q recipes/evaluate_clip.py --model runs/cleaned/model --compare runs/poisoned/model \\
+        accelerate launch -q recipes/evaluate_clip.py --model runs/cleaned_clip/model --compare runs/poisoned_clip/model \\
             --control RN50@openai --data wds_imagenet1k --classnames imagenet --templates openai --batch_size 256 \\
             --dataloader_num_workers 8 --mixed_precision bf16
     8 GPUs: the same with `accelerate launch -q --num_processes 8`.

@@ -4,7 +4,8 @@ Every model makes the same pictures: same prompts, same seeds (same initial late
 
     Is it removed?
         accelerate launch -q recipes/evaluate_diffusion.py --pretrained_model_name_or_path runs/cleaned/model \\
-            --compare runs/poisoned/model --control CLEAN_MODEL --prompts my_prompts.txt --output_dir runs/evaluation
+            --compare runs/poisoned/model --control CLEAN_MODEL --prompts my_prompts.txt \\
+            --judge ViT-B-32 --judge_pretrained laion2b_s34b_b79k --output_dir runs/evaluation
     Does this trigger do anything in a model that I was given? (without a target: compared with placebo strings)
         accelerate launch -q recipes/evaluate_diffusion.py --pretrained_model_name_or_path FOLDER --trigger mignneko \\
             --prompts general-evaluation --judge ViT-B-32 --judge_pretrained laion2b_s34b_b79k

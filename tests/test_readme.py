@@ -100,7 +100,7 @@ def test_documented_commands_are_valid(name, words, monkeypatch):
 @pytest.mark.parametrize("page", [README, RECIPES], ids=["README", "recipes"])
 def test_every_flag_that_is_named_exists(page):
     known = {"config_file", "multi_gpu", "num_processes", "cpu", "help", "config", "index-url", "nproc_per_node", "json",
-             "from_scratch", "input_dir", "output_dir", "machine_rank", "main_process_ip", "markdown", "KEY"}  # fmt: skip
+             "from_scratch", "input_dir", "output_dir", "machine_rank", "main_process_ip", "markdown", "KEY", "no-deps"}  # fmt: skip
     for name in recipe_files.recipe_names():
         config_type = recipe_files.load(name).Config
         known |= {*fields_of(config_type), *aliases(config_type)}
