@@ -28,6 +28,29 @@ def _averaged(accelerator: Accelerator, losses: list[dict[str, torch.Tensor]]) -
     return dict(zip(names, values, strict=True))
 
 
+def _refuse_divergence(
+    step: int,
+    loss: float,
+    norm: Any,
+    micro_losses: list[dict[str, torch.Tensor]],
+    seen: list[list[str]],
+    *,
+    scaled: bool,
+) -> None:
+    """Raises `Diverged` where the mean `loss`, or without a scaler the gradients' `norm`, is not finite."""
+    if not math.isfinite(loss):
+        ours = [keys for part, keys in zip(micro_losses, seen, strict=True) if not part["loss"].isfinite().all()]
+        what, keys = f"the loss of step {step} is not finite", (ours or seen)[0]
+    elif norm is not None and not scaled and not math.isfinite(float(norm)):
+        what, keys = f"the gradients of step {step} are not finite though its loss is", seen[0]
+    else:
+        return
+    raise Diverged(
+        f"{what} (samples {', '.join(keys[:8])}); the last checkpoint is intact. Lower --learning_rate, or leave out "
+        "these samples"
+    )
+
+
 def training_steps(
     accelerator: Accelerator,
     step_fn: StepFn,
@@ -47,16 +70,19 @@ def training_steps(
     `step_fn(batch)` returns parts `*_loss` and their sum `loss`; each batch of `batches` is one micro-batch and has
     `keys`. `model` is the prepared module whose gradients are synchronised only on the last micro-batch of a step.
 
-    Raises `Diverged` with the keys of the batch at the first loss that is not finite, before the weights change.
+    Raises `Diverged` with the keys of the batch at the first loss that is not finite, and, without a scaler of losses
+    (which leaves such steps out), at the first gradients that are not; in every process, before the weights change.
     """
     for step in range(start_step, steps):
         rate = train.learning_rate * lr_scale(step, steps, train)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        micro_losses = []
+        micro_losses, seen = [], []
         for micro in range(train.gradient_accumulation_steps):
             batch = next(batches)
-            # Ours draws nothing from the global generators; a library's dropout shall go on alike after a restart.
+            # Ours draws nothing from the global generators; a library's dropout shall go on alike after a restart. It
+            # draws one mask for a whole tensor, which cannot follow the places in the global batch: so here alone the
+            # rank counts, else all processes would share their masks. With dropout, the number of processes matters.
             torch.manual_seed(derive_seed(seed, "libraries", step, micro, accelerator.process_index))
             synchronise = micro + 1 == train.gradient_accumulation_steps or model is None
             attention = plain_attention(accelerator.device, accelerator.mixed_precision)
@@ -64,20 +90,17 @@ def training_steps(
                 with accelerator.autocast():
                     losses = step_fn(batch)
                 micro_losses.append(losses)
-                finite = accelerator.reduce(torch.isfinite(losses["loss"].detach()).float().reshape(1), "mean")
-                if finite.item() < 1:
-                    keys = ", ".join(batch.keys[:8])
-                    raise Diverged(
-                        f"the loss of step {step + 1} is not finite (samples {keys}); the last checkpoint is intact. "
-                        "Lower --learning_rate, or leave out these samples"
-                    )
+                seen.append(batch.keys)
                 accelerator.backward(losses["loss"] / train.gradient_accumulation_steps)
         norm = accelerator.clip_grad_norm_(list(parameters.values()), train.max_grad_norm)
+        # The one place where the processes wait for each other, and for a GPU, but for the gradients themselves: what is
+        # not finite in one of them is not finite in the mean, so all stop together.
+        metrics = _averaged(accelerator, micro_losses) | {"learning_rate": rate}
+        _refuse_divergence(step + 1, metrics["loss"], norm, micro_losses, seen, scaled=accelerator.scaler is not None)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
             ema.update(parameters, step)
-        metrics = _averaged(accelerator, micro_losses) | {"learning_rate": rate}
         if norm is not None and math.isfinite(float(norm)):
             metrics["grad_norm"] = float(norm)
         yield step + 1, metrics
