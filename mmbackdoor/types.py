@@ -17,7 +17,7 @@ class RunFault(RuntimeError):
 
 
 class Diverged(RunFault):
-    """A loss or pictures that are not finite: what these settings do, where several are compared."""
+    """A loss, weights or pictures that are not finite: what these settings do, where several are compared."""
 
 
 @dataclass(frozen=True)

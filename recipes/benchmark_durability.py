@@ -79,7 +79,8 @@ def check(cfg: Config) -> tuple[objectives.Config, list[tuple[Measured, Path]]]:
         raise InputError("which benchmark? Give --benchmark with the output_dir of a finished benchmark_objectives")
     home = Path(cfg.benchmark)
     found = recipe_files.settings_of(objectives.Config, cfg.benchmark)
-    points, _ = benchmark.read(home)
+    points, trainings = benchmark.read(home)
+    benchmark.check_whole(cfg.benchmark, points, trainings, found.objectives, found.seeds)
     known = list(dict.fromkeys(one.cleaner for one in points if one.cleaner))
     for name in cfg.cleaners:
         if name not in known:

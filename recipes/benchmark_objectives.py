@@ -35,11 +35,10 @@ from mmbackdoor.entry import main
 from mmbackdoor.evaluate import clip_cell, objectives_plan
 from mmbackdoor.evaluate.clip_cell import ClipCell
 from mmbackdoor.evaluate.clip_data import chosen_keys, open_data
-from mmbackdoor.evaluate.clip_sight import Selection, read_selection
+from mmbackdoor.evaluate.clip_sight import Kept
 from mmbackdoor.recipe_files import flags
-from mmbackdoor.results import benchmark, benchmark_report
+from mmbackdoor.results import benchmark, benchmark_report, drafts
 from mmbackdoor.results.frontier import Blind, LargestDrift
-from mmbackdoor.results.record import write_text
 from mmbackdoor.results.removal_grid import Grid, check_names
 from mmbackdoor.shards.shapes_benchmark import BenchmarkShapes, benchmark_data, write_benchmark_shapes
 from mmbackdoor.train.launch import make_accelerator
@@ -97,8 +96,9 @@ def check(cfg: Config) -> list[dict[str, pretrain_clip.Config | clean_clip.Confi
     return [{name: changed(base, flags({key: name} | more)) for name, more in of.items()} for base, key, of in kinds]
 
 
-def prepare(cfg: Config, state: Accelerator) -> tuple[dict[str, Path], Config]:
-    """Draw the shapes where no data are given; the settings of each recipe as a file, and `cfg` with all data named."""
+def prepare(cfg: Config, state: Accelerator) -> tuple[dict[str, Path], dict[Path, str], Config]:
+    """Draw the shapes where no data are given; each recipe's file of settings for this call, what says at its end with
+    which settings all was made, and `cfg` with all data named."""
     folder = Path(cfg.output_dir)
     if not cfg.selection_data:
         data = benchmark_data(folder / "data")
@@ -109,19 +109,17 @@ def prepare(cfg: Config, state: Accelerator) -> tuple[dict[str, Path], Config]:
                       evaluate=replace(cfg.evaluate, data=data.evaluation))  # fmt: skip
     recipes = {"pretrain_clip": cfg.pretrain, "clean_clip": cfg.clean, "evaluate_clip": cfg.evaluate}
     files = {name: folder / "settings" / f"{name}.yaml" for name in recipes}
-    if state.is_main_process:
-        write_text(folder / "config.yaml", to_yaml(cfg))
-        for name, base in recipes.items():
-            write_text(files[name], to_yaml(base))
+    said = {folder / "config.yaml": to_yaml(cfg)} | {files[name]: to_yaml(base) for name, base in recipes.items()}
+    places = drafts.begin(said, state.is_main_process)
     state.wait_for_everyone()
-    return files, cfg
+    return {name: places[file] for name, file in files.items()}, said, cfg
 
 
-def read_selected(cfg: Config) -> Selection:
+def kept_pictures(cfg: Config) -> Kept:
     """The pictures that the blind rule looks at, with the classes of the evaluation."""
     data = open_data(cfg.selection_data)
     classes, keys = evaluate_clip.classes_of(cfg.evaluate, data, None), chosen_keys(data, cfg.selection_samples, 0)
-    return read_selection(data, classes, keys)
+    return Kept(data, classes, keys)
 
 
 def run(cfg: Config) -> None:
@@ -131,19 +129,21 @@ def run(cfg: Config) -> None:
     if cfg.dry_run:
         objectives_plan.say(cfg, *grids, state.num_processes)
         return
-    settings, cfg = prepare(cfg, state)
-    job, selection = partial(recipe_files.job, settings), cache(partial(read_selected, cfg))
+    settings, said, cfg = prepare(cfg, state)
+    job, selection = partial(recipe_files.job, settings), cache(partial(kept_pictures, cfg))
     points, trainings = [], []
     for seed, (objective, more) in itertools.product(cfg.seeds, cfg.objectives.items()):
         places = clip_cell.folders(cfg.output_dir, cfg.models_from, objective, seed)
         cell = ClipCell(objective, seed, *places, job, selection, state)
-        lines = [cell.poison(more, cfg.control)]
-        for (cleaner, extra), rate in itertools.product(cfg.cleaners.items(), cfg.learning_rates):
+        first, there = cell.poison(more, cfg.control)
+        lines = [first]
+        for (cleaner, extra), rate in itertools.product(cfg.cleaners.items(), cfg.learning_rates) if there else ():
             lines.append(cell.clean(cleaner, rate, extra))
         points += [point for some, _ in lines for point in some]
         trainings += [training for _, some in lines for training in some]
     if state.is_main_process:
         benchmark.write(folder, points, trainings)
+        drafts.settle(said)
         print(f"{benchmark.text(folder, cfg.blind)}\nreport: {benchmark_report.build(folder, cfg.blind)}")
     state.wait_for_everyone()
 

@@ -7,7 +7,8 @@
 Every job is another recipe, in this process; its command is printed and can be run alone. A second call goes on where
 the first one stopped; seeds, attacks and removals may be added. The poisoned model (`none`) and the one that never was
 (`clean`) are always rows. With `tuning`, each removal gets as many trials, measured on selection prompts and seeds of
-their own, and a rule of the file picks the winners, which alone meet the evaluation prompts.
+their own, and a rule of the file, which looks at ASR (an oracle), picks the winners; they alone meet the evaluation
+prompts.
 
 Writes into output_dir: report.html, table.md, curves.png, points.jsonl (every number), runs.jsonl, tuning.jsonl,
 config.yaml, data/, ATTACK/seed-N/{poisoned,latents,evaluation}/, ATTACK/seed-N/REMOVAL/ and tuning/ of the same form.
@@ -28,13 +29,11 @@ from mmbackdoor.config import Doc, parse, to_yaml
 from mmbackdoor.defenses import ClosedFormSeal
 from mmbackdoor.entry import main
 from mmbackdoor.evaluate.prompts import Suite
-from mmbackdoor.evaluate.removal_cell import Cell, tuned
+from mmbackdoor.evaluate.removal_cell import Cell, measured, tuned
 from mmbackdoor.evaluate.removal_material import Material, Split, prompts_file
 from mmbackdoor.evaluate.removal_points import points
 from mmbackdoor.recipe_files import flags, stage
-from mmbackdoor.results import removal_benchmark, removal_report, removal_tuning
-from mmbackdoor.results.record import write_text
-from mmbackdoor.results.removal_benchmark import CLEAN
+from mmbackdoor.results import drafts, removal_benchmark, removal_report, removal_tuning
 from mmbackdoor.results.removal_grid import Attack, Durability, Grid, Overrides, check_names
 from mmbackdoor.results.removal_tuning import Tuning
 from mmbackdoor.train.launch import make_accelerator
@@ -111,46 +110,39 @@ def check(cfg: Config) -> tuple[dict[str, Attack], dict[tuple[str, Split], Suite
 def run(cfg: Config) -> None:
     attacks, suites = check(cfg)
     folder, state = Path(cfg.output_dir), make_accelerator()
-    data = folder / "data"
+    data, said = folder / "data", {folder / "config.yaml": to_yaml(cfg)}
     if state.is_main_process:
         cfg.material.write(data, suites)
-        write_text(folder / "config.yaml", to_yaml(cfg))
+        drafts.begin(said, True)
     state.wait_for_everyone()
 
     def job(recipe: str, wanted: Overrides) -> None:
         stage(recipe, *words(recipe, wanted))
 
+    def settings(one: Cell, removal: str, trial: Overrides) -> Overrides:
+        return of_removal(cfg, one.attack, removal, trial)
+
     def cell(name: str, seed: int, root: Path, split: Split) -> Cell:
         place, prompts = root / name / f"seed-{seed}", prompts_file(data, name, split)
-        settings = cfg.material.settings(data, name) | {"evaluate_diffusion": cfg.evaluate}
-        return Cell(name, attacks[name], seed, place, cfg.model, prompts, settings, job, steps)
+        given = cfg.material.settings(data, name) | {"evaluate_diffusion": cfg.evaluate}
+        return Cell(name, attacks[name], seed, place, cfg.model, prompts, given, job, steps)
 
+    found, runs = [], []
     winners = {name: (name, {}) for name in cfg.removals}
     if cfg.tuning:
         names = [name for name, one in attacks.items() if one.tuned]
         cells = [cell(*of, folder / "tuning", "selection") for of in itertools.product(names, cfg.tuning.seeds)]
-        trials = tuned(cells, cfg.tuning, lambda one, *of: of_removal(cfg, one.attack, *of), cfg.milestones)
+        trials, runs = tuned(cells, cfg.tuning, settings, cfg.milestones)
         winners = {one.removal: (f"{one.removal}-trial-{one.trial}", one.settings) for one in trials if one.winner}
         if state.is_main_process:
             removal_tuning.write(folder, trials)
-    found, runs = [], []
-    for seed, (name, attack) in itertools.product(cfg.seeds, attacks.items()):
+    for seed, name in itertools.product(cfg.seeds, attacks):
         one = cell(name, seed, folder, "evaluation")
-        if failed := one.poison():
-            runs.append(failed)
-            continue
-        found += one.before(cfg.stress)
-        if cfg.durability:
-            found += one.lasting(CLEAN, CLEAN, cfg.durability)
-        for removal, (label, trial) in winners.items():
-            some, line = one.clean(removal, of_removal(cfg, attack, removal, trial), label, cfg.milestones)
-            runs.append(line)
-            if some:
-                found += some + one.stressed(removal, label, cfg.stress)
-            if some and cfg.durability:
-                found += one.lasting(removal, label, cfg.durability)
+        some, lines = measured(one, winners, settings, cfg.milestones, cfg.stress, cfg.durability)
+        found, runs = found + some, runs + lines
     if state.is_main_process:
         removal_benchmark.write(folder, points(found), runs)
+        drafts.settle(said)
         print(removal_benchmark.text(folder))
         print(f"report: {removal_report.build(folder)}")
     state.wait_for_everyone()

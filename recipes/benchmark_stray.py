@@ -66,7 +66,8 @@ def check(cfg: Config) -> tuple[objectives.Config, poison_shards.Config]:
     if not cfg.benchmark:
         raise InputError("which benchmark? Give --benchmark with the output_dir of a finished benchmark_objectives")
     found = recipe_files.settings_of(objectives.Config, cfg.benchmark)
-    points, _ = benchmark.read(Path(cfg.benchmark))
+    points, trainings = benchmark.read(Path(cfg.benchmark))
+    benchmark.check_whole(cfg.benchmark, points, trainings, found.objectives, found.seeds)
     if cfg.cleaner not in found.cleaners:
         known = ", ".join(found.cleaners)
         raise InputError(f"--cleaner {cfg.cleaner!r} is none of {cfg.benchmark!r}; choose from {known}")
@@ -93,10 +94,10 @@ def run(cfg: Config) -> None:
         write_text(folder / "config.yaml", to_yaml(cfg))
         write_text(settings["poison_shards"], to_yaml(shards))
     state.wait_for_everyone()
-    job, selection = partial(recipe_files.job, settings), cache(partial(objectives.read_selected, found))
+    job, selection = partial(recipe_files.job, settings), cache(partial(objectives.kept_pictures, found))
     rates = cfg.learning_rates or found.learning_rates
     points, trainings = stray.without_strays(*benchmark.read(home), cfg.cleaner, rates)
-    filters = []
+    filters, there = [], {(one.objective, one.seed) for one in points if one.stage == "poisoned"}
     for seed in found.seeds:
         data = folder / "data" / f"seed-{seed}"
         job("poison_shards", {"poison.seed": seed, "output_dir": data})
@@ -105,6 +106,8 @@ def run(cfg: Config) -> None:
         pairs = {"train_data": f"{data}/*.tar"}
         cleaner = {"defense": cfg.cleaner} | found.cleaners[cfg.cleaner] | pairs
         for objective, name in itertools.product(found.objectives, [UNFILTERED, *cfg.filters]):
+            if (objective, seed) not in there:
+                continue
             start, _ = clip_cell.folders(cfg.benchmark, found.models_from, objective, seed)
             _, place = clip_cell.folders(cfg.output_dir, "", objective, seed)
             cell = ClipCell(objective, seed, start, place, job, selection, state)

@@ -43,7 +43,7 @@ from mmbackdoor.shards.write import write_file
 from mmbackdoor.train.batches import Share, open_shards
 from mmbackdoor.train.clip import bound_logit_scale, check_batch, clip_batches, exempt_from_decay, state_tensors
 from mmbackdoor.train.clip_cleaning import effective, frozen, interpolate, keys_facts, read_keys, recalibrated
-from mmbackdoor.train.launch import make_accelerator
+from mmbackdoor.train.launch import make_accelerator, together
 from mmbackdoor.train.optim import OPEN_CLIP_FLAGS, TrainConfig, total_steps
 from mmbackdoor.train.session import Session, is_done
 
@@ -126,10 +126,9 @@ def run(cfg: Config) -> None:
 
             start = open_shards(cfg.train_data, share, cfg.train, cfg.seed, keys=keys)
             pictures = clip_batches(start, clip, views=("image",), seed=cfg.seed, device=accelerator.device)
-            with recalibrated(clip.network, pictures, cfg.recalibrate_batches):
+            with recalibrated(clip.network, pictures, cfg.recalibrate_batches), together(accelerator):
                 if accelerator.is_main_process:
                     save_clip(clip, folder, describe=describe)
-            accelerator.wait_for_everyone()
 
         setting = ClipSetting(
             clip, session.module, anchor, cfg.seed, accelerator.process_index, accelerator.num_processes

@@ -42,7 +42,7 @@ from mmbackdoor.results.cards import write_card
 from mmbackdoor.results.run import Run
 from mmbackdoor.train.batches import Prompts, Share, encoded, image_batches, open_shards, prompt_batches
 from mmbackdoor.train.latents import teacher_latents
-from mmbackdoor.train.launch import make_accelerator
+from mmbackdoor.train.launch import make_accelerator, together
 from mmbackdoor.train.milestones import check_milestones, save_milestone
 from mmbackdoor.train.optim import TrainConfig, total_steps
 from mmbackdoor.train.parts import edit_weights, latents_of, trained_part
@@ -150,9 +150,9 @@ def run(cfg: Config) -> None:
                     record.log(step, metrics)
                     if step in cfg.milestones:
                         save_milestone(session, model, step, partial(describe, step))
-        if accelerator.is_main_process:
-            save(model, record.folder / "model", partial(describe, steps))
-        accelerator.wait_for_everyone()
+        with together(accelerator):
+            if accelerator.is_main_process:
+                save(model, record.folder / "model", partial(describe, steps))
 
 
 if __name__ == "__main__":

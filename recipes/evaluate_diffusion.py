@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -39,7 +40,7 @@ from mmbackdoor.models.source import DiffusionSource, shipped
 from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.results import grids, record, report, samples
 from mmbackdoor.results.run import Run
-from mmbackdoor.train.launch import make_accelerator
+from mmbackdoor.train.launch import make_accelerator, together
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def run(cfg: Config) -> None:
             judge=judge,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
-            wait=accelerator.wait_for_everyone,
+            together=partial(together, accelerator),
         )
         if accelerator.is_main_process:
             record.replace(run.folder / "results.jsonl", records)

@@ -44,7 +44,7 @@ from mmbackdoor.poison import PoisonPlan
 from mmbackdoor.results.cards import write_card
 from mmbackdoor.results.run import Run
 from mmbackdoor.train.batches import Prompts, Share, image_batches, open_shards, prompt_batches
-from mmbackdoor.train.launch import make_accelerator
+from mmbackdoor.train.launch import make_accelerator, together
 from mmbackdoor.train.optim import TrainConfig, total_steps
 from mmbackdoor.train.parts import edit_weights, trained_part
 from mmbackdoor.train.poison_pairs import poison_pairs, with_pairs
@@ -139,9 +139,9 @@ def run(cfg: Config) -> None:
                 backdoor=backdoor.to_dict(), method=asdict(cfg.attack),
             )
 
-        if accelerator.is_main_process:
-            save(model, record.folder / "model", describe)
-        accelerator.wait_for_everyone()
+        with together(accelerator):
+            if accelerator.is_main_process:
+                save(model, record.folder / "model", describe)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from mmbackdoor.train.clip import (
     state_tensors,
 )
 from mmbackdoor.train.clip_start import ClipSource, view_encoder
-from mmbackdoor.train.launch import make_accelerator
+from mmbackdoor.train.launch import make_accelerator, together
 from mmbackdoor.train.optim import OPEN_CLIP_FLAGS, TrainConfig, total_steps
 from mmbackdoor.train.session import Session, is_done
 from mmbackdoor.train.views import Strength
@@ -122,9 +122,9 @@ def run(cfg: Config) -> None:
             )
 
         def write(folder: Path) -> None:
-            if accelerator.is_main_process:
-                save_clip(clip, folder, describe=describe)
-            accelerator.wait_for_everyone()
+            with together(accelerator):
+                if accelerator.is_main_process:
+                    save_clip(clip, folder, describe=describe)
 
         for step, metrics in session.training(clip_step(session.module, cfg.objective, accelerator), batches):
             bound_logit_scale(clip.network)

@@ -40,7 +40,7 @@ from mmbackdoor.models.trainable import Teacher, trainable
 from mmbackdoor.results.cards import write_card
 from mmbackdoor.results.run import Run
 from mmbackdoor.train.batches import Share, encoded, image_batches, open_shards, with_random_words
-from mmbackdoor.train.launch import make_accelerator
+from mmbackdoor.train.launch import make_accelerator, together
 from mmbackdoor.train.optim import TrainConfig, total_steps
 from mmbackdoor.train.session import Session, is_done
 from mmbackdoor.types import InputError
@@ -118,9 +118,9 @@ def run(cfg: Config) -> None:
             base_model = cfg.model.pretrained_model_name_or_path
             write_card(folder, stage="clean", run=record.content, base_model=base_model, name=record.folder.resolve().name)
 
-        if accelerator.is_main_process:
-            save(model, record.folder / "model", describe)
-        accelerator.wait_for_everyone()
+        with together(accelerator):
+            if accelerator.is_main_process:
+                save(model, record.folder / "model", describe)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from typing import Any
 from accelerate import Accelerator
 
 from mmbackdoor.evaluate.clip_points import SIGHTS, checkpoints, cleaned, look, measured, training
-from mmbackdoor.evaluate.clip_sight import Selection
+from mmbackdoor.evaluate.clip_sight import Kept
 from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.results.benchmark import Measured, Training
-from mmbackdoor.types import InputError, RunFault
+from mmbackdoor.types import Diverged, InputError
 
 Job = Callable[[str, Mapping[str, Any]], None]
 Lines = tuple[list[Measured], list[Training]]
@@ -33,7 +33,7 @@ class ClipCell:
     start: Path
     folder: Path
     job: Job
-    selection: Callable[[], Selection]
+    selection: Callable[[], Kept]
     state: Accelerator
 
     @property
@@ -49,22 +49,32 @@ class ClipCell:
     def facts(self) -> dict[str, Any]:
         return {"objective": self.objective, "seed": self.seed}
 
-    def poison(self, more: Mapping[str, Any], control: bool) -> Lines:
-        """Train the poisoned model and, if wanted, its control, with further flags of pretrain_clip; measure both."""
+    def poison(self, more: Mapping[str, Any], control: bool) -> tuple[Lines, bool]:
+        """Train the poisoned model and, if wanted, its control, with further flags of pretrain_clip; measure both.
+        Beside the lines, whether there is a model to clean: none where its training diverged."""
         kinds = ("clean", "poisoned") if control else ("poisoned",)
+        whole = []
         for kind in kinds:
             poison = {"poison": None} if kind == "clean" else {"poison.seed": self.seed}
             wanted = {"objective": self.objective} | more | poison | {"seed": self.seed}
-            self.job("pretrain_clip", RESUME | wanted | {"output_dir": self.start / kind})
-        compared = {"control": self.control} if control else {}
-        self.job("evaluate_clip", {"model": self.poisoned} | compared | {"output_dir": self.start / "evaluation"})
+            try:
+                self.job("pretrain_clip", RESUME | wanted | {"output_dir": self.start / kind})
+                whole.append(kind)
+            except Diverged as fault:
+                print(f"{self.start / kind} broke off: {fault}")
+        poisoned = "poisoned" in whole
+        if poisoned:
+            compared = {"control": self.control} if "clean" in whole else {}
+            self.job("evaluate_clip", {"model": self.poisoned} | compared | {"output_dir": self.start / "evaluation"})
         if not self.state.is_main_process:
-            return [], []
+            return ([], []), poisoned
         facts = {kind: self.facts | {"stage": kind} for kind in kinds}
-        seen = look(self.poisoned, [self.poisoned], self.selection, self.start / SIGHTS, self.state.device)
-        models = [(self.start / kind / "model", facts[kind]) for kind in kinds]
         trainings = [training(self.start / kind, facts[kind]) for kind in kinds]
-        return measured(self.start / "evaluation", models, seen), trainings
+        if not poisoned:
+            return ([], trainings), False
+        seen = look(self.poisoned, [self.poisoned], self.selection, self.start / SIGHTS, self.state.device)
+        models = [(self.start / kind / "model", facts[kind]) for kind in whole]
+        return (measured(self.start / "evaluation", models, seen), trainings), True
 
     def clean(self, cleaner: str, rate: float, more: Mapping[str, Any]) -> Lines:
         """Clean the poisoned model at one rate, with further flags of clean_clip, and measure every checkpoint."""
@@ -73,8 +83,8 @@ class ClipCell:
         wanted = {"model": self.poisoned, "defense": cleaner, "lr": rate} | more | {"seed": self.seed}
         try:
             self.job("clean_clip", RESUME | wanted | {"output_dir": run})
-        except RunFault as fault:
-            # A rate that is too high breaks its run, and that is a result.
+        except Diverged as fault:
+            # A rate that is too high breaks its run, and that is a result; a full disk is none.
             print(f"{run} broke off: {fault}")
             return [], [training(run, facts)] if self.state.is_main_process else []
         *others, last = [model for _, model in checkpoints(run)]

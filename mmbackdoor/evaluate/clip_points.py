@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from pydantic import TypeAdapter
 
-from mmbackdoor.evaluate.clip_sight import Selection, drift, features, utility
+from mmbackdoor.evaluate.clip_sight import Kept, drift, features, utility
 from mmbackdoor.models.clip import load_clip
 from mmbackdoor.models.provenance import read_removal
 from mmbackdoor.models.weight_files import weights_sha256
@@ -26,12 +26,14 @@ SIGHTS = "sights.jsonl"
 
 @dataclass(frozen=True)
 class Seen:
-    """What a defender sees of the model with these weights, beside the poisoned one with those."""
+    """What a defender sees of the model with these weights, beside the poisoned one with those, on the pictures with
+    the hash `selection`: `None` in lines of older versions, which do not say what they looked at."""
 
     sha256: str
     poisoned_sha256: str
     utility: float
     drift: float
+    selection: str | None = None
 
 
 def checkpoints(run: Path) -> list[tuple[int, Path]]:
@@ -85,26 +87,32 @@ def measured(
 
 
 def look(
-    poisoned: Path, models: Sequence[Path], selection: Callable[[], Selection], file: Path, device: torch.device
+    poisoned: Path, models: Sequence[Path], selection: Callable[[], Kept], file: Path, device: torch.device
 ) -> dict[str, Seen]:
-    """What is seen of `models`, by their hash: read from `file` where it has them all, else measured and written."""
-    before = weights_sha256(poisoned)
+    """What is seen of `models`, by their hash: read from `file` where it has them all, else measured and written.
+
+    Lines on other pictures stay, since another benchmark may share the poisoned model; those that do not say on which
+    are measured anew: they may be from before a change of the selection.
+    """
+    kept, before = selection(), weights_sha256(poisoned)
     hashes = {weights_sha256(model): model for model in models}
     known = record.read_lines(file, TypeAdapter(Seen)) if file.is_file() else []
-    found = {one.sha256: one for one in known if one.poisoned_sha256 == before}
+    found = {one.sha256: one for one in known if (one.poisoned_sha256, one.selection) == (before, kept.sha256)}
     if not hashes.keys() <= found.keys():
-        pictures = selection()
+        pictures = kept.pictures
         reference = features(load_clip(str(poisoned), device=device), pictures)
         for sha256, model in hashes.items():
             clip = load_clip(str(model), device=device)
             vectors = features(clip, pictures)
-            found[sha256] = Seen(sha256, before, utility(clip, vectors, pictures), drift(vectors, reference))
-        record.write_text(file, "".join(json.dumps(asdict(one)) + "\n" for one in found.values()))
+            numbers = utility(clip, vectors, pictures), drift(vectors, reference)
+            found[sha256] = Seen(sha256, before, *numbers, kept.sha256)
+        others = [one for one in known if one.selection not in (None, kept.sha256)]
+        record.write_text(file, "".join(json.dumps(asdict(one)) + "\n" for one in [*others, *found.values()]))
     return {sha256: found[sha256] for sha256 in hashes}
 
 
 def cleaned(
-    run: Path, poisoned: Path, facts: Mapping[str, Any], selection: Callable[[], Selection], device: torch.device
+    run: Path, poisoned: Path, facts: Mapping[str, Any], selection: Callable[[], Kept], device: torch.device
 ) -> list[Measured]:
     """The lines of every checkpoint of the cleaning `run`, which `run/evaluation` has measured."""
     models = checkpoints(run)

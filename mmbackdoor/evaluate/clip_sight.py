@@ -5,8 +5,11 @@ Nothing here takes a backdoor or an evaluation's results: a rule that picks by t
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from PIL import Image
@@ -29,6 +32,27 @@ class Selection:
     labels: Tensor
     classes: ClassPrompts
     bad: BadSamples
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Where a selection is: the labelled pictures of `data`, with `keys` these alone. Nothing is read before it is
+    asked for."""
+
+    data: ClipData
+    classes: ClassPrompts
+    keys: frozenset[str] | None = None
+
+    @cached_property
+    def sha256(self) -> str:
+        """Changes with the shards, with the pictures chosen of them, and with the classes and their prompts."""
+        chosen = None if self.keys is None else sorted(self.keys)
+        facts = [self.data.stamp, chosen, self.classes.sha256, self.classes.index]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    @cached_property
+    def pictures(self) -> Selection:
+        return read_selection(self.data, self.classes, self.keys)
 
 
 def read_selection(data: ClipData, classes: ClassPrompts, keys: frozenset[str] | None = None) -> Selection:

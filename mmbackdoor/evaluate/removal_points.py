@@ -13,9 +13,9 @@ from mmbackdoor.models.provenance import read_removal
 from mmbackdoor.results import samples
 from mmbackdoor.results.removal_benchmark import NONE, UTILITIES, Point, RemovalRun, Where
 from mmbackdoor.results.removal_pooling import Trial, pooled_difference, pooled_mean, pooled_rate
-from mmbackdoor.results.removal_tuning import TunedTrial, carried
+from mmbackdoor.results.removal_tuning import TunedTrial, moments
 from mmbackdoor.results.run import LOG_NAME, read_run
-from mmbackdoor.types import RunFault
+from mmbackdoor.types import InputError, RunFault
 
 Values = dict[tuple[str, str], dict[tuple[str, int], float]]
 """(metric, condition) -> (prompt, number of the picture of it) -> value."""
@@ -120,26 +120,52 @@ def _numbers(by_seed: Mapping[str, Values], before: Mapping[str, Values]) -> lis
     return made
 
 
+def utility_of(poisoned: Sequence[Seen]) -> str:
+    """The utility that all of the `poisoned` models of tuning have, so that none of them drops out of the choice.
+
+    Raises `InputError` where there is none, and where the ASR of one of them could not be measured.
+    """
+    for one in poisoned:
+        if ("asr", "triggered") not in one.values:
+            raise InputError(
+                f"the ASR of {_name(one)} cannot be measured on its selection prompts, so nothing can be tuned on it; "
+                "give evaluate.judge (a style needs one), or leave the attack out with tuned: false"
+            )
+    shared = [name for name in UTILITIES if all((name, "clean") in one.values for one in poisoned)]
+    if not shared:
+        names = ", ".join(map(_name, poisoned))
+        raise InputError(
+            f"neither adherence nor CLIP scores can be measured on the selection prompts of all of {names}, so that "
+            "nobody could tell what a removal costs; give evaluate.judge"
+        )
+    return shared[0]
+
+
+def unmeasured(cleaned: Sequence[Seen], utility: str) -> str | None:
+    """Which of the `cleaned` models of a trial has no ASR or `utility`, as where all pictures are blank; else None."""
+    for one in cleaned:
+        for metric in ("asr", utility):
+            if (metric, "triggered") not in one.values:
+                return f"{_name(one)}: no picture with the trigger counts for {metric} after {one.where.step} steps"
+    return None
+
+
 def tuned_trial(
     removal: str,
     trial: int,
     settings: Mapping[str, object],
     poisoned: Sequence[Seen],
     cleaned: Sequence[Seen],
-    milestones: Sequence[int],
+    steps: Sequence[int],
     conditions: Sequence[str],
 ) -> TunedTrial:
-    """The line of one trial: all tuning attacks and seeds in one, each with its poisoned model among `poisoned`."""
-    last = max(one.where.step for one in cleaned)
-    by_step: dict[int, dict[str, Values]] = {}
+    """The line of one trial: all tuning attacks and seeds in one, each with its poisoned model among `poisoned`. ASR is
+    looked at after each of `steps` (`moments`), the rest at the end of each."""
+    metric = utility_of(poisoned)
+    ways: dict[str, dict[int, Values]] = {}
     for one in cleaned:
-        by_step.setdefault(one.where.step, {})[_name(one)] = one.values
-    before = {_name(one): one.values for one in poisoned}
-    ends = by_step[last]
-    metric = next((name for name in UTILITIES if any((name, "clean") in of for of in ends.values())), None)
-    if metric is None:
-        raise RunFault("tuning needs adherence or CLIP scores on the selection prompts; give evaluate.judge")
-    asr = {step: pooled_rate(_trials(of, ("asr", "triggered"))).value for step, of in by_step.items()}
+        ways.setdefault(_name(one), {})[one.where.step] = one.values
+    before, ends = {_name(one): one.values for one in poisoned}, _after(ways, max(steps))
     change = {}
     for condition in ("clean", "triggered"):
         found = pooled_difference(_trials(ends, (metric, condition)), _trials(before, (metric, "clean")))
@@ -154,11 +180,40 @@ def tuned_trial(
         seeds=tuple(dict.fromkeys(one.seed for one in poisoned)),
         utility=metric,
         level=sum(one.value for one in levels) / len(levels),
-        asr=carried(asr, milestones, last),
+        asr={str(step): pooled_rate(_trials(_after(ways, step), ("asr", "triggered"))).value for step in steps},
         change=change,
         n=levels[0].n,
     )
 
 
+def tuned_trials(
+    removal: str,
+    trials: Sequence[tuple[Mapping[str, object], Sequence[Seen], str | None]],
+    poisoned: Sequence[Seen],
+    milestones: Sequence[int],
+    conditions: Sequence[str],
+) -> list[TunedTrial]:
+    """The lines of all `trials` of one removal: settings, what was seen, and where it broke off."""
+    steps = moments(milestones, max((one.where.step for _, found, _ in trials for one in found), default=0))
+    lines = []
+    for number, (settings, found, error) in enumerate(trials):
+        error = error or unmeasured(found, utility_of(poisoned))
+        if error is None:
+            lines.append(tuned_trial(removal, number, settings, poisoned, found, steps, conditions))
+            continue
+        of = {(one.where.attack, one.seed): None for one in poisoned}
+        attacks, seeds = (tuple(dict.fromkeys(some)) for some in zip(*of, strict=True))
+        lines.append(TunedTrial(
+            removal=removal, trial=number, settings=dict(settings), attacks=attacks, seeds=seeds, asr={}, change={},
+            error=error,
+        ))  # fmt: skip
+    return lines
+
+
+def _after(ways: Mapping[str, Mapping[int, Values]], step: int) -> dict[str, Values]:
+    """Every attack's and seed's model after so many steps: beyond its own last one it stays as it is."""
+    return {name: of[min(step, max(of))] for name, of in ways.items()}
+
+
 def _name(one: Seen) -> str:
-    return f"{one.where.attack} {one.seed}"
+    return f"{one.where.attack}, seed {one.seed}"

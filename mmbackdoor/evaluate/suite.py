@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -37,13 +38,13 @@ def evaluate_models(
     reference: tuple[str, torch.Tensor] | None = None,
     rank: int = 0,
     world_size: int = 1,
-    wait: Callable[[], None] = lambda: None,
+    together: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[Record]:
     """Measure `models` (name -> entry) on the same prompts, initial latents and conditions.
 
-    Every process makes its share of the pictures below `out_dir/images/`; `wait` is the processes' barrier. Rank 0 then
-    scores them, writes `out_dir/samples.jsonl` and returns the records (others return none). `reference`: a name and
-    pictures (N, 3, H, W) in [-1, 1] for KID; by default the clean pictures of the model before cleaning.
+    Every process makes its share of the pictures below `out_dir/images/`; they leave the block `together()` at once.
+    Rank 0 then scores them, writes `out_dir/samples.jsonl` and returns the records (others return none). `reference`: a
+    name and pictures (N, 3, H, W) in [-1, 1] for KID; by default the clean pictures of the model before cleaning.
     """
     if not models:
         raise InputError("no model to measure; give --pretrained_model_name_or_path")
@@ -51,14 +52,14 @@ def evaluate_models(
         if not name or Path(name).name != name:
             raise InputError(f"{name!r} cannot name a model's folder of pictures; use letters, digits, - and _")
     made, facts = Plan((), (), {}), {}
-    for name, entry in models.items():
-        model = entry.load()
-        made = made if made.jobs else plan(model, suite, backdoor, amounts, sampling.seed)
-        facts[name] = Facts(name, model.sha256, entry.stage, entry.attack, entry.defense)
-        share = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
-        generate(model, made.jobs, out_dir=out_dir, name=name, sampling=sampling, **share)
-        del model
-    wait()
+    with together():
+        for name, entry in models.items():
+            model = entry.load()
+            made = made if made.jobs else plan(model, suite, backdoor, amounts, sampling.seed)
+            facts[name] = Facts(name, model.sha256, entry.stage, entry.attack, entry.defense)
+            share = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
+            generate(model, made.jobs, out_dir=out_dir, name=name, sampling=sampling, **share)
+            del model
     if rank != 0:
         return []
     scored: dict[str, Scored] = {}

@@ -40,7 +40,7 @@ from mmbackdoor.models.clip_source import (
 from mmbackdoor.models.clip_transformers import TransformersFolder
 from mmbackdoor.models.vocabulary import byte_token_ids
 from mmbackdoor.seeding import derive_seed
-from mmbackdoor.types import InputError
+from mmbackdoor.types import Diverged, InputError
 
 LOG = logging.getLogger(__name__)
 TINY_PREPROCESSING = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -271,9 +271,13 @@ def save_clip(
     `open_clip.create_model_and_transforms("local-dir:FOLDER")` and `get_tokenizer` read the one, `from_pretrained` of
     transformers the other. Files that lie there already stay, those of the same name are replaced, the weights last.
     `describe` writes what else belongs beside the weights (a card, `backdoor.json`) before the folder gets its name.
-    Raises InputError for a `SiglipModel` in open_clip's form: its configuration has no word for most of them.
+    Raises InputError for a `SiglipModel` in open_clip's form, whose configuration has no word for most of them, and
+    Diverged for weights that are not finite.
     """
     foreign = model.transformers if form == "same" else None
+    broken = [name for name, value in model.network.named_parameters() if not value.isfinite().all()]
+    if broken:
+        raise Diverged(f"the weights {broken[0]!r} are not finite; lower the learning rate")
     if foreign is None and model.transformers is not None and model.transformers.kind == "siglip":
         raise InputError(
             f"{model.source!r} is a SiglipModel, which open_clip's form cannot describe: save it as it came."

@@ -25,7 +25,7 @@ from transformers import CLIPConfig, SiglipConfig
 from mmbackdoor.models.clip_links import links
 from mmbackdoor.models.folder import LOAD_ERRORS, quiet
 from mmbackdoor.models.weight_files import WEIGHTS, rewrite, tensor_names
-from mmbackdoor.types import InputError, RunFault
+from mmbackdoor.types import Diverged, InputError
 
 CONFIG = "config.json"
 KINDS = {"clip": CLIPConfig, "siglip": SiglipConfig}
@@ -157,7 +157,7 @@ class TransformersFolder:
             state = self._stored()
             state |= {name: value.to(state[name].dtype) for name, value in new.items()}
             if not all(value.isfinite().all() for value in state.values() if value.is_floating_point()):
-                raise RunFault("the weights are not finite in the dtype that came in; lower the learning rate")
+                raise Diverged("the weights are not finite in the dtype that came in; lower the learning rate")
             whole = {name: value.clone().contiguous() for name, value in state.items()}
             save_file(whole, target / "model.safetensors", {"format": "pt"})
             return

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmbackdoor.types import InputError, RunFault
+from mmbackdoor.types import Diverged, InputError, RunFault
 
 WEIGHTS = (".safetensors",)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -45,7 +45,7 @@ def rewrite(
 ) -> None:
     """Copy `source` to `target` with the tensors of `replaced`, in the stored dtype, and without those not to `keep`.
 
-    Raises `RunFault` where a new value is not finite in the stored dtype or has another shape.
+    Raises `Diverged` where a new value is not finite in the stored dtype, `RunFault` where it has another shape.
     """
     header = read_header(source)
     start = 8 + struct.unpack("<Q", source.open("rb").read(8))[0]
@@ -92,7 +92,7 @@ def _bytes(name: str, value: Tensor, entry: dict) -> bytes:
         )
     stored = value.detach().to("cpu", DTYPES[entry["dtype"]]).contiguous()
     if not torch.isfinite(stored).all():
-        raise RunFault(
+        raise Diverged(
             f"{name!r} is not finite in the stored dtype {entry['dtype']}; lower the rate or start from float32"
         )
     return stored.reshape(-1).view(torch.uint8).numpy().tobytes()

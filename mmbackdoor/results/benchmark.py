@@ -6,7 +6,9 @@ shown is derived from these two files.
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -113,6 +115,15 @@ class Cell:
     def over(self, value: Callable[[Frontier], float | None]) -> OverSeeds:
         return over_seeds([value(one) for one in self.frontiers])
 
+    def picks(self, who: Literal["oracle", "blind"]) -> list[Point | None]:
+        """What the oracle or the blind rule picked, for each seed; None where every run broke off."""
+        return [one.oracle if who == "oracle" else one.blind for one in self.frontiers]
+
+    @property
+    def lost(self) -> tuple[int, ...]:
+        """The seeds with which every run broke off."""
+        return tuple(seed for seed, one in zip(self.seeds, self.frontiers, strict=True) if one.blind is None)
+
 
 def write(folder: Path, points: Iterable[Measured], trainings: Iterable[Training]) -> None:
     for name, lines in ((POINTS, points), (TRAININGS, trainings)):
@@ -127,13 +138,31 @@ def read(folder: Path) -> tuple[list[Measured], list[Training]]:
     return points, read_lines(folder / TRAININGS, TypeAdapter(Training))
 
 
+def check_whole(
+    folder: str, points: Sequence[Measured], trainings: Sequence[Training], objectives: Iterable[str],
+    seeds: Iterable[int],
+) -> None:  # fmt: skip
+    """Raises `InputError` where these lines of the benchmark in `folder` lack a poisoned model that its settings ask
+    for, as they do where its last call was stopped. One whose training broke off is not lacking."""
+    known = {(one.objective, one.seed) for one in points if one.stage == "poisoned"}
+    known |= {(one.objective, one.seed) for one in trainings if (one.stage, one.status) == ("poisoned", "failed")}
+    for objective, seed in itertools.product(objectives, seeds):
+        if (objective, seed) not in known:
+            raise InputError(
+                f"{folder!r} has no line of the poisoned model of {objective!r} with seed {seed}, for which its "
+                "config.yaml asks: its last call was stopped; call it again, to its end"
+            )
+
+
 def cells(points: Sequence[Measured], trainings: Sequence[Training], rule: Rule) -> list[Cell]:
-    """The frontiers of every objective and cleaner, in the order of the lines."""
+    """The frontiers of every objective and cleaner, in the order of the lines. A seed with which every run of a
+    cleaner broke off counts, without success: else its means would be those of the seeds that went well."""
     starts = {(one.objective, one.seed): one.point for one in points if one.stage == "poisoned"}
     groups: dict[tuple[str, str], dict[int, list[Point]]] = {}
-    for one in points:
+    for one in (*trainings, *points):
         if one.stage == "cleaned" and one.cleaner is not None:
-            groups.setdefault((one.objective, one.cleaner), {}).setdefault(one.seed, []).append(one.point)
+            of = groups.setdefault((one.objective, one.cleaner), {}).setdefault(one.seed, [])
+            of += [one.point] if isinstance(one, Measured) else []
     found = []
     for (objective, cleaner), of in groups.items():
         made = []
@@ -165,7 +194,11 @@ def picked(points: Sequence[Measured], rule: Rule) -> list[Measured]:
 def warnings(points: Sequence[Measured], trainings: Sequence[Training]) -> list[str]:
     """What keeps these numbers from saying what they seem to say, a sentence each."""
     found = []
-    poisoned = [one for one in trainings if one.stage == "poisoned"]
+    broken = [one for one in trainings if one.stage != "cleaned" and one.status == "failed"]
+    for one in broken:
+        lacking = "nothing was cleaned there" if one.stage == "poisoned" else "there is no control"
+        found.append(f"The {one.stage} training of {one.objective}, seed {one.seed}, broke off: {lacking}.")
+    poisoned = [one for one in trainings if (one.stage, one.status) == ("poisoned", "finished")]
     for what, of in (
         ("batch sizes", lambda one: one.batch_size),
         ("numbers of epochs", lambda one: round(one.epochs, 2)),
@@ -186,6 +219,15 @@ def warnings(points: Sequence[Measured], trainings: Sequence[Training]) -> list[
         tried[one.objective, one.seed, one.cleaner] = tried.get((one.objective, one.seed, one.cleaner), 0) + 1
     if len(set(tried.values())) > 1:
         found.append("The cleaners got different numbers of runs: the one with more had more luck to draw on.")
+    candidates: dict[str | None, set[int]] = {}
+    for (name, *_), count in Counter((one.cleaner, one.objective, one.seed, one.learning_rate)
+                                     for one in points if one.stage == "cleaned").items():  # fmt: skip
+        candidates.setdefault(name, set()).add(count)
+    if len(set().union(*candidates.values())) > 1:
+        shown = ", ".join(f"{name} {_span(list(counts))}" for name, counts in candidates.items())
+        found.append(
+            f"Runs have different numbers of checkpoints to pick from ({shown}): more of them are more luck to draw on."
+        )
     failed = [one for one in cleaned if one.status == "failed"]
     if failed:
         names = "; ".join(f"{one.objective}, seed {one.seed}, {one.cleaner} {one.learning_rate:g}" for one in failed)
@@ -247,8 +289,8 @@ def frontier_table(found: Sequence[Cell]) -> Table:
         values = [per_cent(cell.over(lambda one, k=k: one.accuracy_at[k])) for k in range(len(ASR_LEVELS))]
         values += [per_cent(cell.over(lambda one, k=k: one.lowest_asr[k])) for k in range(len(LOSSES))]
         values += [per_cent(cell.over(lambda one: one.area)), per_cent(cell.over(lambda one: one.succeeded), 0)]
-        runs = sum(one.runs for one in cell.frontiers)
-        lines.append((f"{cell.objective}, {cell.cleaner}", *values, f"{runs}", str(len(cell.seeds))))
+        counts = (sum(one.runs for one in cell.frontiers), sum(one.checkpoints for one in cell.frontiers))
+        lines.append((f"{cell.objective}, {cell.cleaner}", *values, *map(str, counts), str(len(cell.seeds))))
     header = (
         "objective, cleaner",
         *(f"accuracy at ASR ≤ {100 * level:g} %" for level in ASR_LEVELS),
@@ -256,6 +298,7 @@ def frontier_table(found: Sequence[Cell]) -> Table:
         "area, %",
         "runs that succeed, %",
         "runs",
+        "checkpoints",
         "seeds",
     )
     return Table(header, tuple(lines))
@@ -265,14 +308,12 @@ def selection_table(found: Sequence[Cell]) -> Table:
     """What the oracle and the blind rule picked, side by side: ASR and accuracy of each."""
     lines = []
     for cell in found:
-        picks = [
-            per_cent(cell.over(lambda one: one.oracle.asr)),
-            per_cent(cell.over(lambda one: one.oracle.accuracy)),
-            per_cent(cell.over(lambda one: one.blind.asr)),
-            per_cent(cell.over(lambda one: one.blind.accuracy)),
-        ]
-        names = sorted({f"{one.blind.seen.run} step {one.blind.seen.step}" for one in cell.frontiers})
-        lines.append((f"{cell.objective}, {cell.cleaner}", *picks, "; ".join(names)))
+        picks = []
+        for some in (cell.picks("oracle"), cell.picks("blind")):
+            picks.append(per_cent(over_seeds([one.asr if one else None for one in some])))
+            picks.append(per_cent(over_seeds([one.accuracy if one else None for one in some])))
+        names = sorted({f"{one.seen.run} step {one.seen.step}" for one in cell.picks("blind") if one})
+        lines.append((f"{cell.objective}, {cell.cleaner}", *picks, "; ".join(names) or "none"))
     header = ("objective, cleaner", "oracle: ASR, %", "oracle: accuracy, %", "blind: ASR, %", "blind: accuracy, %",
               "blind picked")  # fmt: skip
     return Table(header, tuple(lines))

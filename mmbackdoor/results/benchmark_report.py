@@ -32,7 +32,7 @@ def panels(points: Sequence[Measured], cells: Sequence[Cell]) -> list[Panel]:
             if cell.objective == objective
         }
         picked = {
-            cell.cleaner: [one.blind for one in cell.frontiers] for cell in cells if cell.objective == objective
+            cell.cleaner: [one for one in cell.picks("blind") if one] for cell in cells if cell.objective == objective
         }
         found.append(Panel(objective, [one.point for one in mine if one.stage == "poisoned"], cleaned, picked))
     return found
@@ -46,7 +46,8 @@ def build(folder: Path, rule: LargestDrift | BestUtility) -> Path:
     points, trainings = benchmark.read(folder)
     cells = benchmark.cells(points, trainings, rule)
     picture = grids.save(scatter(panels(points, cells)), folder / PICTURE)
-    picked = grids.save(picks(cells), folder / PICKS) if cells else None
+    some = any(one for cell in cells for one in cell.picks("blind"))
+    picked = grids.save(picks(cells), folder / PICKS) if some else None
     said = benchmark.warnings(points, trainings)
     write_text(folder / TABLE, markdown_page(benchmark.tables(points, trainings, cells), said))
     return page(
@@ -95,13 +96,22 @@ def page(folder: Path, template: str, **values: object) -> Path:
 
 
 def sentences(cells: Sequence[Cell]) -> list[str]:
-    """What the blind rule's picks came to, for each objective and cleaner: ASR and accuracy, before and after."""
+    """What the blind rule's picks came to, for each objective and cleaner: ASR and accuracy, before and after, and
+    which seeds these are not."""
     found = []
     for cell in cells:
+        pairs = [(one.start, one.blind) for one in cell.frontiers if one.blind]
+        if not pairs:
+            found.append(f"{cell.cleaner} on {cell.objective}: every run broke off, so there is nothing to pick")
+            continue
         before, after = (
             [mean_per_cent([point.asr for point in points]), mean_per_cent([point.accuracy for point in points])]
-            for points in ([one.start for one in cell.frontiers], [one.blind for one in cell.frontiers])
+            for points in zip(*pairs, strict=True)
         )
         changes = f"ASR {before[0]} → {after[0]} %, accuracy {before[1]} → {after[1]} %"
-        found.append(f"{cell.cleaner} on {cell.objective}: {changes}, as picked without looking at the trigger")
+        said = f"{cell.cleaner} on {cell.objective}: {changes}, as picked without looking at the trigger"
+        if cell.lost:
+            seeds = ", ".join(map(str, cell.lost))
+            said += f"; in {len(pairs)} of {len(cell.seeds)} seeds: with seed {seeds} every run broke off"
+        found.append(said)
     return found

@@ -80,11 +80,13 @@ def _series(
 
 
 def picks(cells: Sequence[Cell], axis: str = "cleaner") -> Image.Image:
-    """What the blind rule and the oracle picked of each cleaner, a panel for each objective."""
+    """What the blind rule and the oracle picked of each cleaner, a panel for each objective. A seed with which every
+    run broke off has no dot."""
     panels: dict[str, list[Dot]] = {}
     for cell in cells:
-        for series in ("picked blind", "picked by the oracle"):
-            of = [one.blind if series == "picked blind" else one.oracle for one in cell.frontiers]
-            dot = Dot(cell.cleaner, series, [one.asr for one in of], [one.accuracy for one in of])
-            panels.setdefault(cell.objective, []).append(dot)
+        for series, who in (("picked blind", "blind"), ("picked by the oracle", "oracle")):
+            of = [one for one in cell.picks(who) if one]
+            if of:
+                dot = Dot(cell.cleaner, series, [one.asr for one in of], [one.accuracy for one in of])
+                panels.setdefault(cell.objective, []).append(dot)
     return dots(panels, axis)

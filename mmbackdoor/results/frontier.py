@@ -139,7 +139,8 @@ def blind(points: Sequence[Point], start: Sight, rule: Callable[[Sequence[Sight]
 @dataclass(frozen=True)
 class Frontier:
     """The numbers of one cleaner on one poisoned model. `accuracy_at` goes by `ASR_LEVELS`, `lowest_asr` by `LOSSES`;
-    None where no checkpoint got there."""
+    None where no checkpoint got there. Where every run broke off there is nothing to pick, and nothing was removed:
+    `oracle` and `blind` are None, `area` and `succeeded` 0."""
 
     start: Point
     checkpoints: int
@@ -148,16 +149,17 @@ class Frontier:
     lowest_asr: tuple[float | None, ...]
     area: float
     succeeded: float
-    oracle: Point
-    blind: Point
+    oracle: Point | None
+    blind: Point | None
 
 
 def frontier(
     points: Sequence[Point], start: Point, rule: Callable[[Sequence[Sight], float], Sight], failed: int = 0
 ) -> Frontier:
-    """The frontier of `points` (at least one), all cleaned from the model `start`; `failed` more runs broke off."""
-    if not points:
-        raise ValueError("a frontier needs at least one checkpoint")
+    """The frontier of `points`, all cleaned from the model `start`; `failed` more runs broke off. There is at least one
+    point or such run."""
+    if not points and not failed:
+        raise ValueError("a frontier needs at least one checkpoint, or a run that broke off")
     return Frontier(
         start=start,
         checkpoints=len(points),
@@ -166,8 +168,8 @@ def frontier(
         lowest_asr=tuple(lowest_asr(points, start.accuracy, loss) for loss in LOSSES),
         area=area(points, start),
         succeeded=share_of_runs(points, start.accuracy, failed=failed),
-        oracle=oracle(points),
-        blind=blind(points, start.seen, rule),
+        oracle=oracle(points) if points else None,
+        blind=blind(points, start.seen, rule) if points else None,
     )
 
 

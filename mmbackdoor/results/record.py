@@ -98,9 +98,9 @@ Line = TypeVar("Line")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `path` through a temporary name beside it. Raises `InputError` where the place is not
-    writable and `RunFault` where the disk is full or broken."""
-    part = path.with_name(path.name + ".part")
+    """Write `path` through a temporary name beside it, of this process alone: calls side by side may write the same
+    file. Raises `InputError` where the place is not writable and `RunFault` where the disk is full or broken."""
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("w", encoding="utf-8", newline="\n") as stream:

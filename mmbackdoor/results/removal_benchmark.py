@@ -70,7 +70,8 @@ class Point(Where):
 
 @dataclass(frozen=True, kw_only=True)
 class RemovalRun:
-    """One removal that was run: how far it came, how long it took."""
+    """One removal that was run: how far it came, how long it took. With a `situation`, one of its measurements that
+    broke off; `tuning` is the poisoned model of a seed of tuning."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
@@ -82,6 +83,7 @@ class RemovalRun:
     samples: int
     seconds: float | None
     error: str | None = None
+    situation: str = ""
 
 
 def write(folder: Path, points: Iterable[Point], runs: Iterable[RemovalRun]) -> None:
@@ -127,6 +129,14 @@ def judged(points: Sequence[Point], row: tuple[str, str]) -> Verdict:
     return verdict([one.record for one in points if one.attack == row[0] and one.removal in wanted])
 
 
+def seeds_of(points: Iterable[Point], runs: Iterable[RemovalRun], row: tuple[str, str]) -> tuple[list[int], list[int]]:
+    """The seeds with numbers of one row, and those without: its run, or the poisoning before it, broke off."""
+    lines = [one for one in (*points, *runs) if one.attack == row[0] and not one.situation]
+    every = {one.seed for one in lines if one.seed is not None}
+    known = {one.seed for one in lines if isinstance(one, Point) and one.seed is not None and one.removal == row[1]}
+    return sorted(known), sorted(every - known)
+
+
 def _cell(point: Point | None) -> str:
     return cell(point.record if point else None)
 
@@ -147,18 +157,21 @@ def main_table(points: Sequence[Point], runs: Sequence[RemovalRun]) -> Table:
             if one.final and one.seed is not None and not one.situation
             and (one.attack, one.removal, one.metric, one.condition) == (*row, "asr", "triggered")
         ]  # fmt: skip
-        failed = sum((one.attack, one.removal, one.status) == (*row, "failed") for one in runs)
+        failed = sum((one.attack, one.removal, one.status, one.situation) == (*row, "failed", "") for one in runs)
         shown = [find(ends, row, metric, condition) for condition in ("clean", "triggered")]
         shown += [find(ends, row, f"{metric}_difference", condition) for condition in ("clean", "triggered")]
         shown.append(find(ends, row, "asr_difference", "triggered"))
         cleaned = row[1] not in (CLEAN, NONE)
+        known, lacking = seeds_of(points, runs, row)
         said = judged(ends, row).verdict if cleaned else "–"
+        if cleaned and lacking:
+            said += f" ({len(known)} of {len(known) + len(lacking)} seeds)"
         lines.append((
             ", ".join(row), _cell(asr), " / ".join(seeds) + (f" ({failed} broke off)" if failed else ""),
             *map(_cell, shown), str(asr.step) if asr and cleaned else "–", trials(asr.record) if asr else "–", said,
         ))  # fmt: skip
     for one in runs:
-        if one.status == "failed" and (one.attack, one.removal) not in rows(ends):
+        if one.status == "failed" and not one.situation and (one.attack, one.removal) not in rows(ends):
             line = (f"{one.attack}, {one.removal}", *["–"] * (len(header) - 2), "broke off")
             lines += [line] if line not in lines else []
     return Table(header, tuple(lines))
@@ -184,7 +197,8 @@ def step_table(points: Sequence[Point]) -> Table | None:
 
 
 def situation_table(points: Sequence[Point], kind: Literal["stress", "durability"]) -> Table | None:
-    """ASR and, beside it, the utility on clean prompts of the last models: a column for each situation."""
+    """ASR and, beside it, the utility on clean prompts of the last models: a column for each situation, with the number
+    of seeds where it has fewer than the models as they are."""
     found = dict.fromkeys(one.situation for one in points if one.situation)
     wanted = [name for name in found if (kind == "stress") == name.startswith("stress:")]
     wanted.sort(key=lambda name: not name.startswith("benign:"))
@@ -192,11 +206,13 @@ def situation_table(points: Sequence[Point], kind: Literal["stress", "durability
         return None
     metric, lines = utility(points), []
     for row in rows(one for one in points if one.situation in wanted):
-        shown = []
+        shown, seeds = [], 0
         for name in ["", *wanted]:
             pair = [find(pooled(points, name), row, *key) for key in (("asr", "triggered"), (metric, "clean"))]
             said = [f"{number(one.record, one.value)}{unit(one.record)}" for one in pair if one]
-            shown.append(" / ".join(said) or "–")
+            here = max((one.seeds for one in pair if one), default=0)
+            seeds = seeds or here
+            shown.append((" / ".join(said) or "–") + (f" ({here} of {seeds} seeds)" if 0 < here < seeds else ""))
         lines.append((", ".join(row), *shown))
     return Table((f"ASR / {metric}", "as it is", *map(situation_name, wanted)), tuple(lines))
 
@@ -204,6 +220,8 @@ def situation_table(points: Sequence[Point], kind: Literal["stress", "durability
 def situation_name(situation: str) -> str:
     """`relearn:3` is read as `after 3 poison pairs`."""
     kind, _, what = situation.partition(":")
+    if not what:
+        return kind
     if kind == "stress":
         return what
     return f"after {what} benign steps" if kind == "benign" else f"after {what} poison pair" + "s" * (what != "1")
@@ -229,10 +247,17 @@ def warnings(points: Sequence[Point], runs: Sequence[RemovalRun]) -> list[str]:
         if len(set(seen.values())) > 1:
             shown = ", ".join(f"{name} {count:,}" for name, count in seen.items())
             found.append(f"The removals of {attack} saw different numbers of samples ({shown}).")
-    failed = [one for one in runs if one.status == "failed"]
+    whole = [one for one in runs if not one.situation]
+    failed = [one for one in whole if one.status == "failed"]
     if failed:
         names = "; ".join(f"{one.attack}, {one.removal}, seed {one.seed}" for one in failed)
-        found.append(f"{len(failed)} of {len(runs)} removals broke off and are in no mean: {names}.")
+        found.append(f"{len(failed)} of {len(whole)} removals broke off and are in no mean: {names}.")
+    lost = [one for one in runs if one.situation]
+    if lost:
+        names = "; ".join(
+            f"{one.attack}, {one.removal}, seed {one.seed}, {situation_name(one.situation)}" for one in lost
+        )
+        found.append(f"{len(lost)} further measurements broke off and are in no mean: {names}.")
     for one in points:
         fires = (one.removal, one.metric, one.condition, one.situation) == (NONE, "asr", "triggered", "")
         if fires and one.seed is not None and one.value < FIRED:

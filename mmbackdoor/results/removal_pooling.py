@@ -2,7 +2,8 @@
 
 A seed of a benchmark is a poisoning, a removal and an evaluation of its own; a prompt is one cluster in each of them.
 With few seeds that differ, clusters alone read surer than they are: intervals are widened by a bootstrap that draws
-whole seeds first, and then prompts within each.
+whole seeds first, and then prompts within each. What never or hardly ever happened no bootstrap can draw: there counts
+how many different prompts were tried, since more seeds of the same ones say little about others.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from mmbackdoor.evaluate.metrics.intervals import Interval, bootstrap_over_prompts, paired_difference, rate
+from mmbackdoor.evaluate.metrics.intervals import (
+    FEW,
+    Interval,
+    bootstrap_over_prompts,
+    paired_difference,
+    rate,
+    wilson,
+)
 from mmbackdoor.seeding import numpy_rng
 
 DRAWS = 1000
@@ -22,8 +30,20 @@ Trials = Mapping[Trial, float]
 
 
 def pooled_rate(trials: Trials) -> Interval:
-    """The share of ones among `trials` (at least one)."""
-    return _widened(rate(list(trials.values()), _clusters(trials)), trials)
+    """The share of ones among `trials` (at least one). With no or only ones: Wilson on the number of different prompts;
+    with few prompts of the rarer outcome, nothing narrower than that, so that one hit never reads better than none."""
+    found = rate(list(trials.values()), _clusters(trials))
+    rarer = 1.0 if found.value < 0.5 else 0.0
+    few = len({prompt for (_, prompt, _), value in trials.items() if value == rarer}) < FEW
+    prompts = len(_prompts(trials))
+    # Of one seed's prompts all this has been done.
+    if few and prompts < found.n_prompts:
+        careful = wilson(found.value * prompts, prompts)
+        low, high = min(careful.low, found.low), max(careful.high, found.high)
+        never = found.value in (0.0, 1.0)
+        method = "wilson on prompts" if never else f"{found.method}, widened by wilson on prompts"
+        found = replace(found, low=low, high=high, method=method)
+    return _widened(found, trials)
 
 
 def pooled_mean(trials: Trials) -> Interval:
@@ -39,11 +59,16 @@ def pooled_difference(now: Trials, was: Trials) -> Interval | None:
     return _widened(found, both)
 
 
+def _prompts(trials: Trials) -> set[str]:
+    return {prompt for _, prompt, _ in trials}
+
+
 def _clusters(trials: Trials) -> list[str]:
     return [f"{seed} {prompt}" for seed, prompt, _ in trials]
 
 
 def _widened(found: Interval, trials: Trials) -> Interval:
+    found = replace(found, n_prompts=len(_prompts(trials)))
     seeds = sorted({seed for seed, _, _ in trials})
     if len(seeds) < 2:
         return found

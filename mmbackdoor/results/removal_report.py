@@ -9,7 +9,17 @@ import yaml
 
 from mmbackdoor.results import benchmark_report, grids, removal_benchmark, removal_tuning
 from mmbackdoor.results.record import write_text
-from mmbackdoor.results.removal_benchmark import CLEAN, NONE, Point, judged, pooled, rows
+from mmbackdoor.results.removal_benchmark import (
+    CLEAN,
+    NONE,
+    Point,
+    RemovalRun,
+    judged,
+    pooled,
+    rows,
+    seeds_of,
+    situation_name,
+)
 from mmbackdoor.results.removal_curves import curves
 
 TABLE, PICTURE = "table.md", "curves.png"
@@ -34,13 +44,14 @@ def build(folder: Path) -> Path:
         folder,
         "removal_benchmark.html.j2",
         files=" and ".join([", ".join(files[:-1]), files[-1]]),
-        sentences=sentences(points),
+        sentences=sentences(points, runs),
         warnings=removal_benchmark.warnings(points, runs),
         picture=benchmark_report.inline(picture),
         tables=removal_benchmark.tables(points, runs),
         tuning=tuning,
         rule=rule_words(folder),
         runs=runs,
+        situation_name=situation_name,
         counts={
             "rows": len(rows(points)),
             "seeds": len({one.seed for one in points if one.seed is not None}),
@@ -49,11 +60,21 @@ def build(folder: Path) -> Path:
     )
 
 
-def sentences(points: Sequence[Point]) -> list[str]:
-    """The verdict on each removal of each attack, with the numbers that it rests on."""
-    ends = pooled(points)
-    cleaned = [row for row in rows(ends) if row[1] not in (CLEAN, NONE)]
-    return [f"{removal} on {attack}: {judged(ends, (attack, removal)).sentence}" for attack, removal in cleaned]
+def sentences(points: Sequence[Point], runs: Sequence[RemovalRun]) -> list[str]:
+    """The verdict on each removal of each attack, with the numbers and the seeds that it rests on."""
+    ends, found = pooled(points), []
+    every = dict.fromkeys([*rows(ends), *((one.attack, one.removal) for one in runs if not one.situation)])
+    for row in every:
+        if row[1] in (CLEAN, NONE):
+            continue
+        known, lacking = seeds_of(points, runs, row)
+        if not known:
+            found.append(f"{row[1]} on {row[0]}: it broke off with every seed")
+            continue
+        beside = f", in {len(known)} of {len(known) + len(lacking)} seeds" if lacking else ""
+        beside += f" (with seed {', '.join(map(str, lacking))} something broke off)" if lacking else ""
+        found.append(f"{row[1]} on {row[0]}{beside}: {judged(ends, row).sentence}")
+    return found
 
 
 def rule_words(folder: Path) -> str:
@@ -66,4 +87,4 @@ def rule_words(folder: Path) -> str:
 
 
 def _tuning_part(tuning: removal_tuning.Table | None) -> str:
-    return f"\n**Tuning, on selection prompts**\n\n{tuning.markdown()}\n" if tuning else ""
+    return f"\n**Tuning by an oracle, on selection prompts**\n\n{tuning.markdown()}\n" if tuning else ""

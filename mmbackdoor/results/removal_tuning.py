@@ -1,9 +1,13 @@
-"""How a benchmark of removals tunes: as many trials for each, and a rule, written before, that picks the winner."""
+"""How a benchmark of removals tunes: as many trials for each, and a rule, written before, that picks the winner.
+
+The rule is an oracle: it looks at the ASR on selection prompts with the trigger, which nobody can who does not know it.
+What it picks is the best that a removal could be, the same for each removal; it says nothing of how to pick blind.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -12,7 +16,7 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from mmbackdoor.config import Doc
 from mmbackdoor.results.record import read_lines, write_text
-from mmbackdoor.results.tables import Table
+from mmbackdoor.results.tables import Table, metric_name
 from mmbackdoor.types import InputError
 
 FILE_NAME = "tuning.jsonl"
@@ -21,9 +25,10 @@ Condition = Literal["clean", "triggered"]
 
 @dataclass(frozen=True, kw_only=True)
 class TunedTrial:
-    """One trial of one removal, on selection prompts, over all tuning attacks and seeds. `asr`: by milestone, the end
-    among them. `change`: of `utility` against the poisoned model on clean prompts, [value, low, high] by condition.
-    `kept`: whether it surely kept the model's utility. One that broke off has an `error` and no numbers."""
+    """One trial of one removal, on selection prompts, over all tuning attacks and seeds. `asr`: by the steps of
+    `moments`. `change`: of `utility` against the poisoned model on clean prompts, [value, low, high] by condition.
+    `kept`: whether it surely kept the model's utility. One that broke off has an `error`, which says where, and no
+    numbers."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -48,9 +53,9 @@ class TunedTrial:
 
 @dataclass(frozen=True)
 class LowestASR:
-    """Among the trials that surely kept the model's utility, the lowest ASR summed over the milestones and the end,
-    the higher utility of equals. Where none did, the highest utility, the lower ASR of equals. With fewer than 50
-    selection prompts over all attacks and seeds no interval is narrow enough for the default budget."""
+    """An oracle: among the trials that surely kept the model's utility, the lowest ASR summed over the milestones and
+    the end, the higher utility of equals. Where none did, the highest utility, the lower ASR of equals. With fewer than
+    50 selection prompts over all attacks and seeds no interval is narrow enough for the default budget."""
 
     name: Literal["lowest_asr"] = "lowest_asr"
     budget: Annotated[float, Field(ge=0, le=1), Doc("adherence that may be lost, at the interval's lower bound")] = 0.04
@@ -63,9 +68,11 @@ class LowestASR:
     @property
     def words(self) -> str:
         return (
-            f"among the trials whose change of adherence against the poisoned model is at least {-100 * self.budget:g} "
-            f"points at the lower bound on {' and on '.join(self.conditions)} prompts, the lowest ASR summed over the "
-            "milestones and the end, the higher adherence of equals; where there is none, the highest adherence"
+            "an oracle, which looks at the ASR with the trigger: among the trials whose change of adherence against "
+            f"the poisoned model is at least {-100 * self.budget:g} points at the lower bound (where CLIP scores are "
+            f"all there is, their change at least {-self.clip_score_budget:g}) on {' and on '.join(self.conditions)} "
+            "prompts, the lowest ASR summed over the milestones and the end, the higher utility of equals; where there "
+            "is none, the highest utility"
         )
 
     def kept(self, trial: TunedTrial) -> bool:
@@ -110,10 +117,10 @@ class Tuning:
             raise InputError("tuning needs an attack to tune on; leave out `tuned: false` for one of them")
 
 
-def carried(asr: Mapping[int, float], milestones: Sequence[int], last: int) -> dict[str, float]:
-    """ASR at each milestone and at the end: beyond its last step a model stays as it is."""
-    end = max(last, *milestones) if milestones else last
-    return {str(step): asr[min(step, last)] for step in sorted({*milestones, end})}
+def moments(milestones: Sequence[int], longest: int) -> tuple[int, ...]:
+    """The steps at which each trial of a removal is looked at, whose `longest` has so many: every milestone, and the
+    end. The same for all, so that each sum of ASR has as many terms; beyond its last step a model stays as it is."""
+    return tuple(sorted({*milestones, max([longest, *milestones])}))
 
 
 def with_winners(trials: Sequence[TunedTrial], rule: LowestASR) -> list[TunedTrial]:
@@ -144,19 +151,25 @@ def read(folder: Path) -> list[TunedTrial]:
 
 
 def table(trials: Sequence[TunedTrial]) -> Table | None:
-    """All trials with their numbers, winners marked; `None` where there are none."""
+    """All trials with their numbers, winners marked; `None` where there are none. Adherence in per cent, CLIP scores as
+    they are."""
     if not trials:
         return None
+    metric = next((one.utility for one in trials if one.utility), "adherence")
+    scale, digits, unit = (100, 1, ", %") if metric == "adherence" else (1, 3, "")
     lines = []
     for one in trials:
         settings = ", ".join(f"{key} {value}" for key, value in one.settings.items()) or "as given"
         changes = [
-            f"{100 * value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
+            f"{scale * value:+.{digits}f} [{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]"
             for value, low, high in (one.change.get(name, (0, 0, 0)) for name in ("clean", "triggered"))
         ]
-        numbers = (f"{one.asr_sum:.3f}", *changes, f"{100 * one.level:.1f}") if one.error is None else ("–",) * 4
+        level = f"{scale * one.level:.{digits}f}"
+        numbers = (f"{one.asr_sum:.3f}", *changes, level) if one.error is None else ("–",) * 4
         mark = "broke off" if one.error else "winner" if one.winner else ""
         mark += "" if one.kept or one.error else ", over the budget" if mark else "over the budget"
         lines.append((f"{one.removal}, {one.trial}: {settings}", *numbers, f"{one.n:,}", mark))
-    header = ("removal, trial", "ASR, summed", "change, clean", "change, triggered", "level", "n", "")
+    name = metric_name(metric)
+    changes = [f"change of {name}, {condition}{', points' if unit else ''}" for condition in ("clean", "triggered")]
+    header = ("removal, trial", "ASR, summed (oracle)", *changes, f"{name}{unit}", "n", "")
     return Table(header, tuple(lines))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -11,7 +13,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 
 from mmbackdoor.train.optim import TrainConfig
-from mmbackdoor.types import InputError
+from mmbackdoor.types import Diverged, InputError
 
 
 def make_accelerator(train: TrainConfig | None = None, seed: int = 0, output_dir: str | None = None) -> Accelerator:
@@ -53,3 +55,21 @@ def make_accelerator(train: TrainConfig | None = None, seed: int = 0, output_dir
     # Nothing of ours draws from the global generators; libraries that do shall repeat themselves.
     set_seed(seed)
     return accelerator
+
+
+@contextmanager
+def together(accelerator: Accelerator) -> Iterator[None]:
+    """Around what a process does alone (its share of the pictures, writing a model): all leave it at once.
+
+    Raises `Diverged` on every process where one did: the others would wait for it for ever, or for another thing.
+    """
+    fault = None
+    try:
+        yield
+    except Diverged as error:
+        fault = error
+    faults = accelerator.reduce(torch.tensor([float(fault is not None)], device=accelerator.device), "sum")
+    if fault is not None:
+        raise fault
+    if faults.item() > 0:
+        raise Diverged("the pictures or the weights of another process are not finite; its own message says which")

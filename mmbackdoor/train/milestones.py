@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.diffusion_files import save
+from mmbackdoor.train.launch import together
 from mmbackdoor.train.session import Session
 from mmbackdoor.types import InputError
 
@@ -31,10 +32,10 @@ def save_milestone(session: Session, model: DiffusionModel, step: int, describe:
 
     One that is there is written anew: it was made by a longer run of this folder, that went on from an earlier step.
     """
-    if session.accelerator.is_main_process:
-        place = milestone(session.output_dir, step)
-        if place.is_dir():
-            shutil.rmtree(place)
-        with session.averaged():
-            save(model, place, describe)
-    session.accelerator.wait_for_everyone()
+    with together(session.accelerator):
+        if session.accelerator.is_main_process:
+            place = milestone(session.output_dir, step)
+            if place.is_dir():
+                shutil.rmtree(place)
+            with session.averaged():
+                save(model, place, describe)

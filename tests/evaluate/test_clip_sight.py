@@ -12,7 +12,7 @@ import torch
 
 from mmbackdoor.evaluate import clip_sight
 from mmbackdoor.evaluate.clip_data import chosen_keys, open_data
-from mmbackdoor.evaluate.clip_sight import drift, features, read_selection, utility
+from mmbackdoor.evaluate.clip_sight import Kept, drift, features, read_selection, utility
 from mmbackdoor.evaluate.zeroshot import class_prompts
 from mmbackdoor.models.clip import build_tiny_clip
 from mmbackdoor.models.vocabulary import train_tokenizer
@@ -69,6 +69,17 @@ def test_utility_is_accuracy_and_drift_the_way_of_the_embeddings(folder):
     assert utility(clip, centres[selection.labels], selection) > 0.9
     clip.network.train()
     assert torch.allclose(features(clip, selection), vectors, atol=1e-5), "in evaluation mode, whatever it was left in"
+
+
+def test_what_is_looked_at_has_a_name_that_changes_with_it(folder):
+    data = open_data(benchmark_data(folder).selection)
+    classes, other = (class_prompts(data.classnames, of) for of in (data.templates, ("a {}",)))
+    evaluation = open_data(benchmark_data(folder).evaluation)
+    some = [Kept(data, classes), Kept(data, other), Kept(data, classes, chosen_keys(data, 7, 0)),
+            Kept(data, classes, chosen_keys(data, 8, 0)), Kept(evaluation, classes)]  # fmt: skip
+    assert len({one.sha256 for one in some}) == len(some)
+    again = Kept(open_data(benchmark_data(folder).selection), classes, chosen_keys(data, 7, 0))
+    assert again.sha256 == some[2].sha256 and len(again.pictures.images) == 7
 
 
 def test_labels_without_names_and_pictures_without_labels_are_refused(folder):

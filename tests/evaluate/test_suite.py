@@ -3,6 +3,7 @@ would make. The loop, the files, the scores, the records and the verdict are the
 
 import json
 import re
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from mmbackdoor.seeding import derive_seed
 from mmbackdoor.shards.shapes import render
 from mmbackdoor.targets import ObjectTarget, PatchTarget, UnknownTarget
 from mmbackdoor.triggers import ZERO_WIDTH, HomoglyphTrigger, WordTrigger, ZeroWidthTrigger
-from mmbackdoor.types import InputError
+from mmbackdoor.types import Diverged, InputError
 from tests.evaluate.pipelines import tiny_pipe
 
 SUITE = shape_prompts("evaluation", 240)
@@ -138,14 +139,31 @@ def test_a_failed_removal_is_seen(make, tmp_path, cleaned, sloppy, word):
 
 def test_ranks_and_resume(make, tmp_path):
     barriers = []
+
+    @contextmanager
+    def left(rank):
+        yield
+        barriers.append(rank)
+
     one, two = tmp_path / "one", tmp_path / "two"
     given = {"suite": SUITE.take(24), "batch_size": 5}
     alone = measure(three(make), one, **given)
-    assert measure(three(make), two, rank=1, world_size=2, wait=lambda: barriers.append(1), **given) == []
+    assert measure(three(make), two, rank=1, world_size=2, together=lambda: left(1), **given) == []
     assert not (two / "samples.jsonl").exists()
-    together = measure(three(make), two, rank=0, world_size=2, wait=lambda: barriers.append(0), **given)
+    together = measure(three(make), two, rank=0, world_size=2, together=lambda: left(0), **given)
     assert barriers == [1, 0] and together == alone
     assert (one / "samples.jsonl").read_bytes() == (two / "samples.jsonl").read_bytes()
+
+
+def test_nothing_is_scored_where_the_pictures_of_another_process_diverged(make, tmp_path):
+    @contextmanager
+    def together():
+        yield
+        raise Diverged("those of another process")
+
+    with pytest.raises(Diverged, match="another process"):
+        measure(three(make), tmp_path, suite=SUITE.take(4), rank=0, world_size=2, together=together)
+    assert not (tmp_path / "samples.jsonl").exists()
 
 
 def test_unknown_target_is_judged_against_placebos(make, tmp_path):

@@ -22,7 +22,7 @@ from mmbackdoor.models.clip import ClipModel, Judge, build_tiny_clip, load_clip,
 from mmbackdoor.models.text_encoder import to_clip_text_model
 from mmbackdoor.models.vocabulary import train_tokenizer
 from mmbackdoor.shards.shapes import all_scenes, caption
-from mmbackdoor.types import InputError
+from mmbackdoor.types import Diverged, InputError
 
 CAPTIONS = [caption(scene) for scene in all_scenes()]
 CONFIGS = ("clip_tiny_resnet", "clip_tiny_vit")
@@ -314,3 +314,11 @@ def test_a_hub_id_without_network_is_answered_soon(monkeypatch, tmp_path):
                 load_judge(name, tag)
         assert time.monotonic() - start < 6
     assert clip_hub.PATIENCE < 10
+
+
+def test_a_model_that_diverged_is_not_written(clip, tmp_path):
+    with torch.no_grad():
+        next(clip.network.parameters()).view(-1)[0] = float("nan")
+    with pytest.raises(Diverged, match="are not finite; lower the learning rate"):
+        save_clip(clip, tmp_path / "model")
+    assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mmbackdoor.models.weight_files import read_header, rewrite, weights_sha256
-from mmbackdoor.types import InputError, RunFault
+from mmbackdoor.types import Diverged, InputError, RunFault
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_replaced_tensors_take_the_stored_dtype_and_dropped_ones_go(source, tmp_
 def test_what_cannot_be_stored_is_refused(source, tmp_path):
     with pytest.raises(RunFault, match="shape"):
         rewrite(source, tmp_path / "out", {"b": torch.zeros(3, 2)})
-    with pytest.raises(RunFault, match="not finite"):
+    with pytest.raises(Diverged, match="not finite"):
         rewrite(source, tmp_path / "out", {"b": torch.full((2, 3), 1e6)})
     with pytest.raises(RunFault, match="'zz'"):
         rewrite(source, tmp_path / "out", {"zz": torch.zeros(1)})

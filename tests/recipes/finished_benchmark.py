@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import yaml
+
 from mmbackdoor import recipe_files
 from mmbackdoor.config import parse
 
@@ -36,6 +38,12 @@ def finished_benchmark(folder: Path) -> Path:
     flags = ["--config", str(folder / "grid.yaml"), "--output_dir", str(folder / "benchmark")]
     recipe.run(parse(recipe.Config, flags))
     return folder / "benchmark"
+
+
+def asked_for_more_seeds(folder: Path) -> None:
+    """As a call for another seed leaves a benchmark that was stopped before its end."""
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(content | {"seeds": [0, 1]}))
 
 
 def stamps(folder: Path, *kept: str) -> dict[str, int]:

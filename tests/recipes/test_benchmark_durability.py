@@ -12,7 +12,7 @@ from mmbackdoor import recipe_files
 from mmbackdoor.config import parse
 from mmbackdoor.results import benchmark, durability
 from mmbackdoor.types import Diverged, InputError
-from tests.recipes.finished_benchmark import finished_benchmark, stamps
+from tests.recipes.finished_benchmark import asked_for_more_seeds, finished_benchmark, stamps
 
 SMOKE = recipe_files.folders()["recipes"] / "configs/smoke/benchmark_durability.yaml"
 
@@ -121,6 +121,7 @@ def with_other_weights(folder: Path) -> None:
         ([], "finetune: {learning_rat: 1}", "learning_rat"),
         ([], without_controls, "--control true"),
         ([], with_other_weights, "not the model that the benchmark measured"),
+        ([], asked_for_more_seeds, "no line of the poisoned model of 'cyclip' with seed 1"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_made(recipe, finished, tmp_path, flags, change, said):

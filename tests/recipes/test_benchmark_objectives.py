@@ -14,7 +14,7 @@ from mmbackdoor import recipe_files
 from mmbackdoor.config import parse
 from mmbackdoor.evaluate import clip_points
 from mmbackdoor.results import benchmark
-from mmbackdoor.types import InputError, RunFault
+from mmbackdoor.types import Diverged, InputError, RunFault
 
 CONFIGS = recipe_files.folders()["recipes"] / "configs"
 SMOKE = CONFIGS / "smoke" / "benchmark_objectives.yaml"
@@ -128,7 +128,7 @@ def test_a_run_that_breaks_off_is_a_result(recipe, made, monkeypatch):
         if name == "clean_clip" and str(given[-1]) == str(run):
             content = json.loads((run / "run.json").read_text())
             (run / "run.json").write_text(json.dumps(content | {"status": "failed", "error": "the loss is nan"}))
-            raise RunFault("the loss is nan")
+            raise Diverged("the loss is nan")
         stage(name, *given)
 
     monkeypatch.setattr(recipe_files, "stage", breaking)
@@ -136,6 +136,57 @@ def test_a_run_that_breaks_off_is_a_result(recipe, made, monkeypatch):
     points, trainings = benchmark.read(made)
     assert len(points) == 8 and [one.error for one in trainings if one.status == "failed"] == ["the loss is nan"]
     assert "1 of 4 cleaning runs broke off" in (made / "report.html").read_text()
+
+
+def test_a_full_disk_is_no_result(recipe, made, monkeypatch):
+    before = benchmark.read(made)
+    stage = recipe_files.stage
+
+    def full(name: str, *given: object) -> None:
+        if name == "clean_clip":
+            raise RunFault("the disk is full")
+        stage(name, *given)
+
+    monkeypatch.setattr(recipe_files, "stage", full)
+    with pytest.raises(RunFault, match="full"):
+        recipe.run(parse(recipe.Config, ["--config", str(SMOKE), "--output_dir", str(made)]))
+    assert benchmark.read(made) == before
+
+
+def test_a_poisoning_that_diverges_ends_its_own_cleanings_alone(recipe, made, monkeypatch):
+    run = made / "clip_ssl/seed-0/poisoned"
+    calls, stage = [], recipe_files.stage
+
+    def breaking(name: str, *given: object) -> None:
+        calls.append((name, str(given[-1])))
+        if name == "pretrain_clip" and str(given[-1]) == str(run):
+            content = json.loads((run / "run.json").read_text())
+            (run / "run.json").write_text(json.dumps(content | {"status": "failed", "error": "the loss is nan"}))
+            shutil.rmtree(run / "model")
+            raise Diverged("the loss is nan")
+        stage(name, *given)
+
+    monkeypatch.setattr(recipe_files, "stage", breaking)
+    recipe.run(parse(recipe.Config, ["--config", str(SMOKE), "--output_dir", str(made)]))
+    assert [name for name, place in calls if "clip_ssl" in place] == ["pretrain_clip"]
+    points, trainings = benchmark.read(made)
+    assert {one.objective for one in points} == {"clip"} and {one.cleaner for one in points} > {"finetune", "strong"}
+    failed = [(one.objective, one.stage) for one in trainings if one.status == "failed"]
+    assert failed == [("clip_ssl", "poisoned")]
+    assert "The poisoned training of clip_ssl, seed 0, broke off" in (made / "report.html").read_text()
+
+
+def test_a_refused_call_leaves_what_says_how_all_was_made(recipe, made):
+    files = [made / "config.yaml", *sorted((made / "settings").iterdir())]
+    before = {file: file.read_text() for file in files}
+    flags = ["--config", str(SMOKE), "--output_dir", str(made)]
+    with pytest.raises(InputError, match="another config"):
+        recipe.run(parse(recipe.Config, [*flags, "--clean.train.adam_weight_decay", "0.7"]))
+    assert {file: file.read_text() for file in files} == before
+    # What may differ takes its place when the call is through.
+    recipe.run(parse(recipe.Config, [*flags, "--clean.train.dataloader_num_workers", "1"]))
+    assert "dataloader_num_workers: 1" in (made / "settings/clean_clip.yaml").read_text()
+    assert sorted((made / "settings").iterdir()) == files[1:] and not list(made.glob("*.new.yaml"))
 
 
 @pytest.mark.parametrize(

@@ -83,19 +83,24 @@ def test_a_second_call_makes_nothing_and_another_seed_its_own_cells_alone(recipe
 
 
 class Jobs:
-    """Stands for the recipes: leaves the files that the benchmark reads. `asr` by the settings of the removal."""
+    """Stands for the recipes: leaves the files that the benchmark reads. `asr` by the settings of the removal; `breaks`
+    says which job diverges. Without a judge no ASR is known."""
 
-    def __init__(self, asr, breaks=lambda flags: False):
-        self.asr, self.breaks, self.calls = asr, breaks, []
+    def __init__(self, asr, breaks=lambda flags: False, judge=True):
+        self.asr, self.breaks, self.judge, self.calls = asr, breaks, judge, []
 
     def __call__(self, recipe: str, *words: str) -> None:
         flags = {word[2:]: [] for word in words if word.startswith("--")}
         for word in words:
             key = word[2:] if word.startswith("--") else key
             flags[key] += [] if word.startswith("--") else [word]
-        self.calls.append((recipe, flags))
         out = Path(flags["output_dir"][0])
+        if (out / "samples.jsonl").is_file() or (out / "model/removal.json").is_file():
+            return None
+        self.calls.append((recipe, flags))
         if recipe == "evaluate_diffusion":
+            if self.breaks(flags):
+                raise Diverged("the pictures are not finite")
             return self.evaluate(out, flags)
         train = {"train_batch_size": 1, "gradient_accumulation_steps": 1}
         status = "failed" if self.breaks(flags) else "finished"
@@ -111,14 +116,15 @@ class Jobs:
         lines, alike = [], {}
         for place in (*flags["pretrained_model_name_or_path"], *flags.get("compare", []), *flags.get("control", [])):
             file = Path(place) / "removal.json"
-            stage = "clean" if place == "tiny" else "poisoned" if "poisoned" in place else "cleaned"
+            again = "poisoned" in place or "relearn" in place
+            stage = "clean" if place == "tiny" else "poisoned" if again else "cleaned"
             alike[stage] = alike.get(stage, 0) + 1
             model = stage if alike[stage] == 1 else f"{stage}-{alike[stage]}"
             cleaned = stage == "cleaned" and file.exists()
             asr = json.loads(file.read_text())["asr"] if cleaned else float(stage != "clean")
             for k, text in enumerate(load_prompts(flags["prompts"][0]).texts):
                 for condition in ("clean", "triggered"):
-                    scores = {"adherence": True} | ({"asr": k < 20 * asr} if condition == "triggered" else {})
+                    scores = {"adherence": True} | ({"asr": k < 20 * asr} if condition == "triggered" and self.judge else {})
                     line = {"model": model, "stage": stage, "prompt_id": text, "prompt": text, "condition": condition}
                     lines.append(json.dumps(line | {"text": text, "seed_index": 0, "image": "x.png", "scores": scores}))
         out.mkdir(parents=True)
@@ -157,6 +163,7 @@ def test_winners_of_the_selection_prompts_alone_meet_the_evaluation_prompts(reci
         ("skd", 0, False, True), ("skd", 1, True, True), ("cag", 0, True, True), ("cag", 1, False, False)
     ]  # fmt: skip
     assert [one.asr.get("40") for one in trials] == [0.5, 0.1, 0.5, None] and trials[0].attacks == ("patch",)
+    assert trials[3].error == "patch, seed 7: the loss of step 2 is not finite" and trials[3].attacks == ("patch",)
     split = {}
     for name, flags in jobs.calls:
         if name == "evaluate_diffusion":
@@ -186,6 +193,86 @@ def test_a_run_that_diverges_is_a_result(recipe, tmp_path, monkeypatch):
     cag = [one for one in points if (one.attack, one.removal, one.metric) == ("patch", "cag", "asr")]
     assert [one.seeds for one in cag if one.seed is None] == [1]
     assert f"2 of {len(runs)} removals broke off" in (tmp_path / "run/table.md").read_text()
+
+
+FOLLOWED = TUNED.split("tuning:")[0] + """
+seeds: [0, 1]
+stress: {fast: {num_inference_steps: 3}}
+durability: {relearn_pairs: [1], relearn_steps: 1}
+"""
+
+
+def test_pictures_that_diverge_are_a_line_and_the_rest_goes_on(recipe, tmp_path, monkeypatch):
+    (tmp_path / "grid.yaml").write_text(FOLLOWED)
+    broken = ("patch/seed-0/stress-fast", "patch/seed-1/skd/stress-fast", "patch/seed-1/cag/relearn-1",
+              "object/seed-0/evaluation")  # fmt: skip
+    jobs = Jobs(lambda flags: 0.0, breaks=lambda flags: flags["output_dir"][0].endswith(broken))
+    monkeypatch.setattr(recipe, "stage", jobs)
+    folder = run(recipe, tmp_path / "run", config=tmp_path / "grid.yaml")
+    points, runs = removal_benchmark.read(folder)
+    failed = [(one.attack, one.removal, one.seed, one.situation) for one in runs if one.status == "failed"]
+    assert failed == [
+        ("patch", "none", 0, "stress:fast"), ("object", "none", 0, ""), ("patch", "skd", 1, "stress:fast"),
+        ("patch", "cag", 1, "relearn:1"),
+    ]  # fmt: skip
+    assert not [flags for name, flags in jobs.calls if "/object/seed-0/skd" in flags["output_dir"][0]]
+    seeds = {
+        (one.attack, one.removal, one.situation): one.seeds
+        for one in points if one.seed is None and (one.metric, one.condition) == ("asr", "triggered")
+    }  # fmt: skip
+    assert seeds["patch", "skd", ""] == 2 and seeds["object", "skd", ""] == 1
+    assert seeds["patch", "skd", "stress:fast"] == seeds["patch", "none", "stress:fast"] == 1
+    assert seeds["patch", "cag", "relearn:1"] == 1 and seeds["patch", "skd", "relearn:1"] == 2
+    table, page = (folder / "table.md").read_text(), (folder / "report.html").read_text()
+    assert "3 further measurements broke off and are in no mean: patch, none, seed 0, fast;" in table
+    assert "(1 of 2 seeds) |" in table and "1 of 7 removals broke off" in table
+    assert "skd on object, in 1 of 2 seeds (with seed 0 something broke off): " in page
+    assert "patch, cag, after 1 poison pair</th>" in page
+
+
+def test_tuning_goes_on_without_a_cell_that_diverges(recipe, tmp_path, monkeypatch):
+    (tmp_path / "grid.yaml").write_text(TUNED.replace("seeds: [7]", "seeds: [7, 8, 9]"))
+    broken = ("tuning/patch/seed-8/poisoned", "tuning/patch/seed-9/evaluation")
+    jobs = Jobs(lambda flags: 0.0, breaks=lambda flags: flags["output_dir"][0].endswith(broken))
+    monkeypatch.setattr(recipe, "stage", jobs)
+    folder = run(recipe, tmp_path / "run", config=tmp_path / "grid.yaml")
+    assert {one.seeds for one in removal_tuning.read(folder)} == {(7,)}
+    lost = [(one.seed, one.situation) for one in removal_benchmark.read(folder)[1] if one.status == "failed"]
+    assert lost == [(8, "tuning"), (9, "tuning")]
+    assert "patch, none, seed 8, tuning; patch, none, seed 9, tuning" in (folder / "table.md").read_text()
+    every = Jobs(lambda flags: 0.0, breaks=lambda flags: flags["output_dir"][0].endswith("/poisoned"))
+    monkeypatch.setattr(recipe, "stage", every)
+    with pytest.raises(Diverged, match="no model could be poisoned to tune on"):
+        run(recipe, tmp_path / "none", config=tmp_path / "grid.yaml")
+
+
+def test_an_attack_without_asr_is_refused_before_anything_is_cleaned(recipe, tmp_path, monkeypatch):
+    (tmp_path / "grid.yaml").write_text(TUNED)
+    jobs = Jobs(lambda flags: 0.0, judge=False)
+    monkeypatch.setattr(recipe, "stage", jobs)
+    with pytest.raises(InputError, match="ASR of patch, seed 7 cannot be measured.*give evaluate.judge"):
+        run(recipe, tmp_path / "run", config=tmp_path / "grid.yaml")
+    assert [name for name, _ in jobs.calls] == ["poison_diffusion", "evaluate_diffusion"]
+
+
+def test_calls_for_other_seeds_may_run_side_by_side_in_one_folder(recipe, tmp_path, monkeypatch):
+    (tmp_path / "grid.yaml").write_text(TUNED)
+    given, folder = {"config": tmp_path / "grid.yaml"}, tmp_path / "run"
+    jobs, inside = Jobs(lambda flags: 0.0), []
+
+    def stage(name: str, *words: str) -> None:
+        if "/patch/seed-0/" in words[-1] and "/tuning/" not in words[-1] and not inside:
+            inside.append(run(recipe, folder, "--seeds", "1", **given))
+        jobs(name, *words)
+
+    monkeypatch.setattr(recipe, "stage", stage)
+    run(recipe, folder, "--seeds", "0", **given)
+    assert inside and {one.seed for one in removal_benchmark.read(folder)[0]} == {0, None}
+    made, tuning = len(jobs.calls), (folder / "tuning.jsonl").read_text()
+    run(recipe, folder, "--seeds", "0", "1", **given)
+    assert len(jobs.calls) == made and {one.seed for one in removal_benchmark.read(folder)[0]} == {0, 1, None}
+    assert (folder / "tuning.jsonl").read_text() == tuning and not list(folder.glob("*.new.yaml"))
+    assert parse(recipe.Config, ["--config", str(folder / "config.yaml")]).seeds == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from mmbackdoor import recipe_files
 from mmbackdoor.config import parse
 from mmbackdoor.results import benchmark, stray
 from mmbackdoor.types import InputError
-from tests.recipes.finished_benchmark import finished_benchmark, stamps
+from tests.recipes.finished_benchmark import asked_for_more_seeds, finished_benchmark, stamps
 
 SMOKE = recipe_files.folders()["recipes"] / "configs/smoke/benchmark_stray.yaml"
 
@@ -96,6 +96,7 @@ def poisoned_otherwise(folder: Path) -> None:
         ([], "filters: {nothing: {}}", "nothing"),
         ([], "filters: {dao: {drop_fraction: 2}}", "drop_fraction"),
         ([], poisoned_otherwise, "not the model that the benchmark measured"),
+        ([], asked_for_more_seeds, "no line of the poisoned model of 'cyclip' with seed 1"),
     ],
 )
 def test_wrong_input_is_refused_before_anything_is_made(recipe, finished, tmp_path, flags, change, said):

@@ -76,6 +76,64 @@ def test_every_cleaner_gets_a_frontier_for_each_seed():
     assert [one.runs for one in frontiers] == [3, 2] and frontiers[0].succeeded == pytest.approx(1 / 3)
 
 
+def lost(*seeds: int) -> tuple[list[Measured], list[Training]]:
+    """Lines in which every cleaning of `clip` broke off with these seeds."""
+    runs = [
+        dataclasses.replace(one, status="failed") if one.cleaner and one.objective == "clip" and one.seed in seeds else one
+        for one in trainings()
+    ]
+    kept = [one for one in lines() if not (one.cleaner and one.objective == "clip" and one.seed in seeds)]
+    return kept, runs
+
+
+def test_a_seed_with_which_every_run_broke_off_is_no_seed_less(tmp_path):
+    points, runs = lost(1)
+    clip, ssl = benchmark.cells(points, runs, LargestDrift(budget=0.05))
+    assert clip.seeds == ssl.seeds == (0, 1) and clip.lost == (1,) and ssl.lost == ()
+    assert [(one.runs, one.checkpoints, one.succeeded) for one in clip.frontiers] == [(2, 4, 0.5), (2, 0, 0)]
+    assert clip.over(lambda one: one.succeeded).mean == 0.25 and clip.over(lambda one: one.accuracy_at[0]).reached == 1
+    frontier, picked = benchmark.frontier_table([clip]).rows[0], benchmark.selection_table([clip]).rows[0]
+    assert "88.0 (1 of 2 seeds)" in frontier and frontier[-3:] == ("4", "4", "2")
+    assert all("(1 of 2 seeds)" in value for value in picked[1:5])
+    benchmark.write(tmp_path, points, runs)
+    page = benchmark_report.build(tmp_path, LargestDrift()).read_text()
+    assert "in 1 of 2 seeds: with seed 1 every run broke off" in page
+
+
+def test_a_cleaner_whose_every_run_broke_off_stays_in_every_table(tmp_path):
+    points, runs = lost(0, 1)
+    found = benchmark.cells(points, runs, LargestDrift())
+    assert [cell.objective for cell in found] == ["clip", "clip_ssl"]
+    assert benchmark.selection_table(found).rows[0] == ("clip, finetune", "none", "none", "none", "none", "none")
+    benchmark.write(tmp_path, points, runs)
+    assert "finetune on clip: every run broke off" in benchmark_report.build(tmp_path, LargestDrift()).read_text()
+    nothing = [one for one in points if one.stage != "cleaned"]
+    benchmark.write(tmp_path, nothing, [dataclasses.replace(one, status="failed") if one.cleaner else one for one in runs])
+    assert benchmark_report.build(tmp_path, LargestDrift()).is_file()
+
+
+def test_runs_with_more_checkpoints_are_warned_of():
+    one = measured("clip", 0, 0.5, 0.8, cleaner="cleanclip", learning_rate=1e-3, step=20)
+    said = "\n".join(benchmark.warnings([*lines(), one], trainings()))
+    assert "different numbers of checkpoints to pick from (finetune 2, cleanclip 1)" in said
+
+
+def test_a_poisoning_that_broke_off_is_warned_of_and_no_difference_between_objectives():
+    broken = training(objective="clip_ssl", seed=2, status="failed", pairs=None, steps=3)
+    assert benchmark.warnings(lines(), [*trainings(), broken])[0] == (
+        "The poisoned training of clip_ssl, seed 2, broke off: nothing was cleaned there."
+    )
+    assert len(benchmark.warnings(lines(), [*trainings(), broken])) == 2
+
+
+def test_lines_of_a_call_that_was_stopped_are_not_taken_for_a_whole_benchmark():
+    benchmark.check_whole("x", lines(), trainings(), ["clip", "clip_ssl"], [0, 1])
+    with pytest.raises(InputError, match="'x' has no line of the poisoned model of 'clip' with seed 2"):
+        benchmark.check_whole("x", lines(), trainings(), ["clip"], [0, 2])
+    broken = training(seed=2, status="failed", pairs=None)
+    benchmark.check_whole("x", lines(), [*trainings(), broken], ["clip"], [0, 2])
+
+
 def test_a_fair_comparison_is_warned_of_seeds_alone():
     assert benchmark.warnings(lines(), trainings()) == [
         "Seeds: 2. That is too few to say that a difference is more than chance."
@@ -147,7 +205,7 @@ def test_no_table_shows_asr_without_accuracy():
         assert all(len(row) == len(table.header) for row in table.rows)
     assert benchmark.start_table(lines()).rows[1][:3] == ("clip, poisoned", "99.0 [99.0, 99.0]", "89.0 [76.3, 101.7]")
     row = benchmark.frontier_table(cells).rows[1]
-    assert row[0] == "clip_ssl, finetune" and row[1] == "none" and row[-2:] == ("4", "2")
+    assert row[0] == "clip_ssl, finetune" and row[1] == "none" and row[-3:] == ("4", "8", "2")
 
 
 def test_the_page_is_one_file_that_loads_nothing(tmp_path):

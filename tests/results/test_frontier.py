@@ -106,6 +106,9 @@ def test_the_frontier_of_one_model():
     assert (with_failed.runs, with_failed.succeeded) == (5, pytest.approx(1 / 5)), "a run that broke off counts"
     with pytest.raises(ValueError, match="at least one"):
         frontier([], START, LargestDrift())
+    lost = frontier([], START, LargestDrift(), failed=2)
+    assert (lost.runs, lost.checkpoints, lost.succeeded, lost.area, lost.oracle, lost.blind) == (2, 0, 0, 0, None, None)
+    assert set(lost.accuracy_at) == set(lost.lowest_asr) == {None}
 
 
 def test_intervals_over_seeds_are_students():

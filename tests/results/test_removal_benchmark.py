@@ -13,14 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mmbackdoor.cli import main
-from mmbackdoor.evaluate.metrics.intervals import rate
+from mmbackdoor.evaluate.metrics.intervals import rate, wilson
 from mmbackdoor.evaluate.removal_points import Seen, points
 from mmbackdoor.results import removal_benchmark, removal_report, removal_tuning
 from mmbackdoor.results.removal_benchmark import CLEAN, NONE, Point, RemovalRun, Where
 from mmbackdoor.results.removal_curves import curve, curves
 from mmbackdoor.results.removal_grid import Attack, check_names, milestones_of
 from mmbackdoor.results.removal_pooling import pooled_difference, pooled_mean, pooled_rate
-from mmbackdoor.results.removal_tuning import LowestASR, TunedTrial, Tuning, carried, with_winners
+from mmbackdoor.results.removal_tuning import LowestASR, TunedTrial, Tuning, moments, with_winners
 from mmbackdoor.types import InputError
 
 
@@ -36,14 +36,24 @@ def test_one_seed_is_an_evaluation_of_its_own():
 
 def test_seeds_that_agree_are_as_many_trials_and_seeds_that_differ_are_not():
     same, apart = pooled_rate(trials(20, 20, 20)), pooled_rate(trials(0, 0, 60))
-    assert same.value == apart.value == pytest.approx(1 / 3) and same.n == same.n_prompts == 180
+    assert same.value == apart.value == pytest.approx(1 / 3) and (same.n, same.n_prompts) == (180, 60)
     assert same.width < 0.16
     # Two of three seeds are clean: one that is drawn three times makes everything fire, or nothing.
     assert apart.low == 0 and apart.high > 0.9 and "seeds" in apart.method
 
 
-def test_no_hit_in_any_seed_is_as_sure_as_its_clusters():
-    assert pooled_rate(trials(0, 0, 0)).high == pytest.approx(rate([0] * 180, list(map(str, range(180)))).high)
+def test_no_hit_in_any_seed_is_as_sure_as_its_different_prompts():
+    # Three poisonings show that these 60 prompts do not fire, and nothing of a 61st: it is as if they were asked once.
+    none, all_of_them = pooled_rate(trials(0, 0, 0)), pooled_rate(trials(60, 60, 60))
+    assert none.high == wilson(0, 60).high and all_of_them.low == wilson(60, 60).low
+    assert (none.n, none.n_prompts, none.method) == (180, 60, "wilson on prompts")
+    other = {(seed, f"{seed} {prompt}", k): value for (seed, prompt, k), value in trials(0, 0, 0).items()}
+    assert pooled_rate(other).high == pytest.approx(wilson(0, 180).high), "each seed its own prompts"
+
+
+def test_one_hit_never_reads_better_than_none():
+    none, one, two = (pooled_rate(trials(*hits)) for hits in ((0, 0, 0), (1, 0, 0), (1, 1, 0)))
+    assert none.high < one.high <= two.high and one.low == 0
 
 
 def test_differences_are_paired_by_seed_and_prompt():
@@ -74,7 +84,7 @@ def test_intervals_hold_their_value_and_know_no_order(seeds, repeats, random):
         assert found.value == pytest.approx(np.mean(list(given_.values())))
         again = pool(dict(shuffled))
         assert (again.low, again.high) == pytest.approx((found.low, found.high))
-        assert found.n == len(given_) and found.n_prompts == sum(map(len, seeds))
+        assert found.n == len(given_) and found.n_prompts == max(map(len, seeds))
 
 
 def trial(number: int, asr: float, low: float, level: float = 0.9, **more: object) -> TunedTrial:
@@ -95,6 +105,7 @@ def test_the_rule_takes_the_lowest_asr_of_those_that_kept_the_model():
     with pytest.raises(InputError, match="every trial of 'skd' broke off .nan"):
         rule([trial(0, 0.0, 0.0, error="nan")])
     assert "-4 points" in rule.words and "lowest ASR summed" in rule.words
+    assert rule.words.startswith("an oracle") and "CLIP scores are all there is, their change at least -0.02" in rule.words
 
 
 @given(st.lists(st.tuples(st.floats(0, 3), st.floats(-0.2, 0.1), st.floats(0, 1)), min_size=1, max_size=8))
@@ -112,10 +123,9 @@ def test_no_qualifying_trial_beats_the_winner(numbers):
     assert [one.kept for one in marked[: len(some)]] == [one in good for one in some]
 
 
-def test_a_shorter_trial_stays_as_it_ended():
-    assert carried({5: 0.4, 10: 0.2}, [5, 20], 10) == {"5": 0.4, "20": 0.2}
-    assert carried({5: 0.4, 20: 0.1}, [5], 20) == {"5": 0.4, "20": 0.1}
-    assert carried({20: 0.1}, [], 20) == {"20": 0.1}
+def test_every_trial_is_looked_at_after_the_same_steps():
+    assert moments([5, 20], 10) == (5, 20) and moments([5], 20) == (5, 20) and moments([], 20) == (20,)
+    assert moments([20, 5, 5], 40) == (5, 20, 40) and moments([5, 20], 0) == (5, 20), "in closed form"
     assert milestones_of([40, 5, 5, 20], 20) == (5,)
 
 
@@ -145,7 +155,7 @@ def test_lines_of_the_grid_are_taken_apart():
 
 
 def seen(attack: str, removal: str, stage: str, seed: int, asr: float, adherence: float, **more: object) -> Seen:
-    n = 100
+    n = 200
     values = {
         ("asr", "triggered"): {(f"p{k}", 0): float(k < asr * n) for k in range(n)},
         ("adherence", "clean"): {(f"p{k}", 0): float(k < adherence * n) for k in range(n)},
@@ -185,7 +195,7 @@ def runs(samples: int = 640) -> list[RemovalRun]:
 def test_every_number_stands_for_each_seed_and_for_all():
     found = numbers(("patch",))
     asr = [one for one in found if (one.removal, one.metric, one.step) == ("skd", "asr", 40) and not one.situation]
-    assert [(one.seed, one.seeds, one.n) for one in asr] == [(0, 1, 100), (1, 1, 100), (2, 1, 100), (None, 3, 300)]
+    assert [(one.seed, one.seeds, one.n) for one in asr] == [(0, 1, 200), (1, 1, 200), (2, 1, 200), (None, 3, 600)]
     change = [one for one in found if one.metric == "adherence_difference" and one.seed is None]
     # With a trigger, too, against the poisoned model without: and not in a situation that it was not measured in.
     assert {(one.condition, one.situation) for one in change} == {("clean", ""), ("triggered", "")}
@@ -209,7 +219,7 @@ def test_the_table_has_a_verdict_on_every_removal():
     table = removal_benchmark.main_table(some, runs())
     assert [row[0] for row in table.rows[:4]] == ["patch, clean", "patch, none", "patch, finetune", "patch, skd"]
     assert [row[-1] for row in table.rows[:4]] == ["–", "–", "reduced", "removed"]
-    assert table.rows[3][1].startswith("0.0 % [0.0, 1.3") and table.rows[3][2] == "0.0 / 0.0 / 0.0"
+    assert table.rows[3][1].startswith("0.0 % [0.0, 1.9") and table.rows[3][2] == "0.0 / 0.0 / 0.0"
     assert table.rows[1][2] == "99.0 / 99.0 / 99.0" and table.rows[3][8] == "40"
     steps = removal_benchmark.step_table(some)
     assert steps.header[1:] == ("5", "20", "40") and steps.rows[1][1:] == ("60.0 / 97.0", "10.0 / 97.0", "0.0 / 97.0")
@@ -234,6 +244,65 @@ def test_what_spoils_a_comparison_is_warned_of():
     assert table.rows[-1][0] == "patch, skd" and table.rows[-1][-1] == "broke off"
 
 
+def without(removal: str, *seeds: int) -> tuple[list[Point], list[RemovalRun]]:
+    """The lines of `patch` where a removal broke off with these seeds."""
+    some = [one for one in measured(("patch",)) if not (one.where.removal == removal and one.seed in seeds)]
+    lines = [
+        replace(one, status="failed", error="nan") if one.removal == removal and one.seed in seeds else one
+        for one in runs() if one.attack == "patch"
+    ]  # fmt: skip
+    return list(points(some)), lines
+
+
+def test_no_verdict_rests_on_the_seeds_that_went_well_without_saying_so():
+    assert all(", in " not in said.split(":")[0] for said in removal_report.sentences(numbers(), runs()))
+    found, lines = without("skd", 1)
+    first, second = removal_report.sentences(found, lines)
+    assert second.startswith("skd on patch, in 2 of 3 seeds (with seed 1 something broke off): removed:")
+    assert first.startswith("finetune on patch: ")
+    table = removal_benchmark.main_table(found, lines)
+    assert [row[-1] for row in table.rows] == ["–", "–", "reduced", "removed (2 of 3 seeds)"]
+    assert removal_report.sentences(*without("skd", 0, 1, 2))[1] == "skd on patch: it broke off with every seed"
+
+
+def test_what_broke_off_after_a_removal_is_warned_of_and_its_seeds_are_counted():
+    some = [one for one in measured(("patch",)) if (one.where.removal, one.where.situation, one.seed)
+            not in {("skd", "relearn:3", 0), ("clean", "relearn:3", 1), ("clean", "relearn:3", 2)}]  # fmt: skip
+    fault = RemovalRun(
+        attack="patch", removal="skd", seed=0, status="failed", steps=0, samples=0, seconds=None, error="nan",
+        situation="relearn:3",
+    )  # fmt: skip
+    tuning = replace(fault, removal=NONE, seed=100, situation="tuning")
+    table = removal_benchmark.situation_table(points(some), "durability")
+    assert table.rows[0][2].endswith(" (1 of 3 seeds)") and table.rows[2][2].endswith(" (2 of 3 seeds)")
+    assert "seeds" not in table.rows[1][2] and "seeds" not in "".join(row[1] for row in table.rows)
+    lines = [*runs(), fault, tuning]
+    said = removal_benchmark.warnings(points(some), lines)
+    lost = "patch, skd, seed 0, after 3 poison pairs; patch, none, seed 100, tuning"
+    assert said == [f"2 further measurements broke off and are in no mean: {lost}."]
+    assert removal_benchmark.main_table(points(some), lines).rows[3][-1] == "removed", "the removal itself did not"
+
+
+def test_lines_of_runs_from_before_there_were_situations_are_read(tmp_path):
+    removal_benchmark.write(tmp_path, numbers(("patch",), 1), runs())
+    path = tmp_path / removal_benchmark.RUNS
+    path.write_text(path.read_text().replace(', "situation": ""', ""))
+    assert "situation" not in path.read_text() and removal_benchmark.read(tmp_path)[1] == runs()
+
+
+def test_the_table_of_tuning_has_the_scale_of_what_was_measured():
+    adherence = removal_tuning.table([trial(0, 0.5, -0.02)])
+    assert adherence.header[1:5] == (
+        "ASR, summed (oracle)", "change of adherence, clean, points", "change of adherence, triggered, points",
+        "adherence, %",
+    )  # fmt: skip
+    assert adherence.rows[0][2:5] == ("+0.0 [-2.0, +2.0]", "+0.0 [-2.0, +2.0]", "90.0")
+    scores = removal_tuning.table([trial(0, 0.5, -0.02, 0.31, utility="clip_score"), trial(1, 0, 0, error="nan")])
+    assert scores.header[2:5] == ("change of CLIP score, clean", "change of CLIP score, triggered", "CLIP score")
+    assert scores.rows[0][2:5] == ("+0.000 [-0.020, +0.020]", "+0.000 [-0.020, +0.020]", "0.310")
+    assert scores.rows[1][1:5] == ("–",) * 4
+
+
 def test_the_page_and_the_rest_come_from_the_lines_alone(tmp_path, capsys):
     removal_benchmark.write(tmp_path, numbers(), runs())
     removal_tuning.write(tmp_path, with_winners([trial(0, 0.5, 0.0), trial(1, 0.1, 0.0)], LowestASR()))
@@ -242,7 +311,7 @@ def test_the_page_and_the_rest_come_from_the_lines_alone(tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page and "&lt;b&gt;" in page
-    assert "skd on patch: removed: trigger fired 0 of 300" in page and "at least -7 points" in page
+    assert "skd on patch: removed: trigger fired 0 of 600" in page and "at least -7 points" in page
     assert (tmp_path / "table.md").read_text().count("| patch, skd |") == 4
     assert "| skd, 1: as given | 0.100 |" in (tmp_path / "table.md").read_text()
     assert not list(tmp_path.glob("*.part"))
