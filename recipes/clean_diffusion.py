@@ -3,8 +3,8 @@
 Removals: skd_cag (self-knowledge distillation with cross-attention guidance, Aravindan et al. 2025, arXiv
 2508.18235), skd, esd, finetune, finetune_reversal; text_encoder_seal, which trains the text encoder alone; and
 closed_form_seal, which trains nothing. Neither pictures nor a clean model are needed but by finetune (--train_data) and
-finetune_reversal (--defense.reference): the poisoned model on clean prompts is the teacher. Works on your prompts, or on
-built-in ones.
+finetune_reversal (--defense.reference): the poisoned model on clean prompts is the teacher. Works on your prompts, or
+on built-in ones.
 
     CPU, the tiny model:
         accelerate launch -q recipes/clean_diffusion.py --config recipes/configs/clean_diffusion/tiny.yaml \\

@@ -93,8 +93,8 @@ def training_steps(
                 seen.append(batch.keys)
                 accelerator.backward(losses["loss"] / train.gradient_accumulation_steps)
         norm = accelerator.clip_grad_norm_(list(parameters.values()), train.max_grad_norm)
-        # The one place where the processes wait for each other, and for a GPU, but for the gradients themselves: what is
-        # not finite in one of them is not finite in the mean, so all stop together.
+        # But for the gradients themselves the one place where processes wait for each other, and for a GPU: what is not
+        # finite in one of them is not finite in the mean, so all stop together.
         metrics = _averaged(accelerator, micro_losses) | {"learning_rate": rate}
         _refuse_divergence(step + 1, metrics["loss"], norm, micro_losses, seen, scaled=accelerator.scaler is not None)
         optimizer.step()
