@@ -67,6 +67,8 @@ def guarded(act: Callable[[], None]) -> None:
     with _signals():
         try:
             act()
+            # What is still in the buffer, while there is somebody to say what is wrong.
+            sys.stdout.flush()
         except InputError as error:
             # Every process checks its input and finds the same: one of them says it.
             _say(str(error), everywhere=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 
@@ -16,6 +17,7 @@ from mmbackdoor.models.clip import load_clip
 from mmbackdoor.seeding import numpy_rng
 from mmbackdoor.shards.shapes import Scene, all_scenes, caption, render
 from mmbackdoor.shards.shapes_data import write_shapes
+from tests.once import once
 
 SCENES = all_scenes(("cross", "ring", "square"), ("red", "green", "blue", "yellow"), (None,), (None,))
 TARGET = "red cross"
@@ -49,6 +51,17 @@ def pretrain(output_dir: Path, train_data: str, steps: int = 120, *flags: object
 
 def poison(output_dir: Path, train_data: str, steps: int = 120, *flags: object) -> Path:
     return pretrain(output_dir, train_data, steps, *POISON, "--poison.rate", 0.04, *flags)
+
+
+def shared_data(factory: pytest.TempPathFactory) -> str:
+    """What `write_data` writes, once for all files of tests; the flag's value."""
+    return f"{once(factory, 'clip_lab_data', write_data)}/train-*.tar"
+
+
+def shared_poisoned(factory: pytest.TempPathFactory) -> Path:
+    """The model of `poison` on `shared_data`, with the patch of the default; once, too."""
+    train_data = shared_data(factory)
+    return once(factory, "clip_lab_poisoned", lambda folder: poison(folder / "run", train_data)) / "run/model"
 
 
 def strays(output_dir: Path, train_data: str, count: int) -> str:

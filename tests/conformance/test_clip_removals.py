@@ -27,10 +27,15 @@ CASES = {
 }
 MOST = {"finetune": 0.9, "cleanclip": 0.7, "ssl_only": 0.8, "shrink_perturb": 0.4, "par": 0.8, "distill_anchor": 0.7,
         "reset_distill": 0.2}  # fmt: skip
-"""What is left of the attack after so few steps. Plain fine-tuning and `par` are baselines: they only have to lower it."""
+"""What is left of the attack after so few steps, as a share of what it was. Plain fine-tuning and `par` are baselines:
+they only have to lower it."""
 LEAST = {"ssl_only": 0.25, "distill_anchor": 0.85}
 """Accuracy, 0.9 where nothing is said. Self-supervision alone does not pass: it lets go of the captions, here it loses half
 of the accuracy. It is only held to be better than chance (0.08)."""
+
+
+LEAST_TRIGGERED = {"reset_distill": 0.5, "shrink_perturb": 0.5}
+"""Accuracy on triggered pictures; of the others, only more than before: a rate falls with the head too."""
 
 
 def test_every_removal_is_tested():
@@ -39,12 +44,12 @@ def test_every_removal_is_tested():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    return lab.write_data(tmp_path_factory.mktemp("data"))
+    return lab.shared_data(tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
-def poisoned(data, tmp_path_factory):
-    folder = lab.poison(tmp_path_factory.mktemp("runs") / "poisoned", data)
+def poisoned(tmp_path_factory):
+    folder = lab.shared_poisoned(tmp_path_factory)
     return folder, lab.rates(folder, folder)
 
 
@@ -53,7 +58,8 @@ def test_removal_lowers_the_attack_rate_and_keeps_accuracy(name, data, poisoned,
     parent, before = poisoned
     assert before["asr"] >= 0.9 and before["accuracy"] >= 0.95 and before["triggered_accuracy"] <= 0.25
     after = lab.rates(lab.clean(parent, tmp_path / "cleaned", data, "--defense", name, *CASES[name]), parent)
-    assert after["asr"] <= MOST[name], after
+    assert after["asr"] <= MOST[name] * before["asr"], after
+    assert after["triggered_accuracy"] > LEAST_TRIGGERED.get(name, before["triggered_accuracy"]), after
     assert after["accuracy"] >= LEAST.get(name, 0.9), after
 
 

@@ -9,7 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from mmbackdoor.defenses.clip import CLIP_DEFENSES, CleanClip, ClipFinetune, Par, ResetDistill, ShrinkPerturb
+from mmbackdoor.defenses.clip import (
+    CLIP_DEFENSES,
+    CleanClip,
+    ClipFinetune,
+    DistillAnchor,
+    Par,
+    ResetDistill,
+    ShrinkPerturb,
+)
 from mmbackdoor.models.clip import build_tiny_clip
 from mmbackdoor.models.clip_encoder import ViewEncoder
 from mmbackdoor.models.clip_init import initial_parameters
@@ -98,6 +106,15 @@ def test_par_pushes_away_until_the_threshold(clip, batch):
     distance = losses["distance_image"].item()
     assert 0 < distance < 2.15
     assert losses["perturb_image_loss"].item() == pytest.approx(-0.5 * distance)
+    with torch.no_grad():
+        now, then = (one.network.encode_text(batch.texts["text"], normalize=True) for one in (copy, clip))
+    text = (2 - 2 * (now * then).sum(1)).mean().item()
+    assert losses["distance_text"].item() == pytest.approx(text, rel=1e-3)
+    assert losses["perturb_text_loss"].item() == pytest.approx(-0.5 * text, rel=1e-3)
+    # Each modality has its own switch.
+    between = Par(augmentation="none", threshold=(distance + text) / 2).step(setting)(batch)
+    switched = [between[f"perturb_{name}_loss"].item() != 0 for name in ("image", "text")]
+    assert switched == [distance < text, text < distance]
     reached = Par(augmentation="none", threshold=distance / 2).step(setting)(batch)
     assert reached["perturb_image_loss"].item() == 0
     losses["perturb_image_loss"].backward()
@@ -106,6 +123,30 @@ def test_par_pushes_away_until_the_threshold(clip, batch):
         for name, parameter in copy.network.named_parameters():
             parameter.sub_(1e-3 * step.get(name, torch.zeros_like(parameter)))
     assert Par(augmentation="none").step(setting)(batch)["distance_image"].item() > distance
+
+
+def test_the_anchor_sees_the_picture_as_it_is_and_the_model_the_augmented_one(clip, batch):
+    copy = deepcopy(clip)
+    setting = setting_of(copy)
+    with torch.no_grad():
+        for parameter in copy.network.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    losses = DistillAnchor(anchor_weight=0.3).step(setting)(batch)
+
+    def logits(model, view: str) -> torch.Tensor:
+        network = model.network
+        pictures = network.encode_image(batch.images[view], normalize=True)
+        return network.logit_scale.exp() * pictures @ network.encode_text(batch.texts["text"], normalize=True).T
+
+    with torch.no_grad():
+        own, target, plain = logits(copy, "image_aug"), logits(clip, "image"), logits(copy, "image")
+    # The captions of the batch are all different, so each row's own column is the one that it is told.
+    told = sum(F.cross_entropy(rows, torch.arange(6)) for rows in (plain, plain.T)) / 2
+    distilled = sum(-(theirs.softmax(1) * ours.log_softmax(1)).sum(1).mean() for ours, theirs in
+                    ((own, target), (own.T, target.T))) / 2  # fmt: skip
+    assert losses["clip_loss"].item() == pytest.approx(told.item(), rel=1e-4)
+    assert losses["distill_loss"].item() == pytest.approx(0.3 * distilled.item(), rel=1e-4)
+    assert losses["loss"].item() == pytest.approx(told.item() + 0.3 * distilled.item(), rel=1e-4)
 
 
 def test_shrinking_is_a_fixed_mixture_with_a_fresh_draw(clip):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmbackdoor.backdoor import Backdoor
-from mmbackdoor.defenses import SKD, SKDCAG
+from mmbackdoor.defenses import SKD, SKDCAG, skd_cag
 from mmbackdoor.defenses.trigger_variants import vary
 from mmbackdoor.models.attention import AttentionRecorder
 from mmbackdoor.models.diffusion_files import load
@@ -107,6 +107,32 @@ def test_gradient_checkpointing_changes_neither_losses_nor_gradients(lab, form):
     attention = losses["matched_attention_loss"] + losses["trigger_attention_loss"]
     assert attention > 0
     torch.testing.assert_close(losses["loss"].detach() - plain["loss"].detach(), attention, rtol=1e-3, atol=1e-6)
+
+
+def test_the_trigger_is_drawn_to_the_first_word_of_a_prompt_with_a_neutral_one(lab, monkeypatch):
+    model, _, setting = lab
+    monkeypatch.setattr(skd_cag, "NEUTRAL_WORDS", ("thing",))
+    guided, seen = skd_cag.attention_guidance, {}
+
+    def recorded(*maps: object, neutral_maps: dict[str, torch.Tensor], **options: object) -> dict[str, torch.Tensor]:
+        seen.update(neutral_maps)
+        return guided(*maps, neutral_maps=neutral_maps, **options)
+
+    monkeypatch.setattr(skd_cag, "attention_guidance", recorded)
+    defense = SKDCAG(attention_weight=1.0, trigger_target="neutral_words")
+    prompts = [f"thing {text}" for text in PROMPTS]
+    noise = draw_noise(7, BATCH, model.latent_shape, model.device)
+    timesteps = draw_timesteps(7, BATCH, 1000, 1.0, model.device)
+    with defense.recorder(model.unet) as recorder:
+        defense.step(replace(setting, recorder=recorder), BACKDOOR)(BATCH)
+        with recorder.recording(reduce_heads=True) as maps:
+            setting.teacher.predict(noise, timesteps, model.encode(prompts))
+    # After the token that begins a prompt.
+    assert torch.equal(model.token_ids(prompts)[:, 1], model.token_ids(["thing"] * 3)[:, 1])
+    assert seen.keys() == maps.keys() and len(maps) > 1
+    for name, layer in maps.items():
+        torch.testing.assert_close(seen[name], layer[..., 1:2], rtol=1e-4, atol=1e-7)
+        assert not torch.allclose(layer[..., 1], layer[..., 2], rtol=0.05)
 
 
 def test_scaled_guidance_is_as_large_as_the_root_of_the_prediction_loss(lab):

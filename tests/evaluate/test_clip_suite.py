@@ -94,6 +94,15 @@ def test_the_target_class_is_left_out_and_n_says_so(run):
     assert asr.ci_method == "wilson" and asr.ci_low > 0.97
 
 
+def test_differences_are_those_to_the_clean_pictures_of_the_poisoned_model(run):
+    found = values(record.read(run))
+    change = {key[1:]: found["cleaned", *key[1:]].value for key in found if key[1].endswith("_difference")}
+    # With the trigger the poisoned model knows no class: against that any garbage would be a gain.
+    assert change == {
+        ("top1_difference", "clean"): 0.0, ("top1_difference", "triggered"): 0.0, ("asr_difference", "triggered"): -1.0
+    }  # fmt: skip
+
+
 def test_without_the_text_encoder(run):
     found = values(record.read(run))
     for way in ("knn", "prototype"):
@@ -134,7 +143,6 @@ def test_the_verdict_tells_a_removal_from_garbage(run):
     both = verdict(rows)
     assert both.verdict == "not removed" and "cleaned-2" in both.sentence
     assert any("on clean pictures broke down" in reason for reason in both.reasons)
-    assert any("top-1 fell" in warning for warning in both.warnings) or both.reasons
 
 
 def test_the_report_and_the_grid_show_pictures_with_predictions(run):

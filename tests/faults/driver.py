@@ -114,7 +114,6 @@ def perform(job: dict) -> dict:
         "codes": [codes[pid] for pid in pids],
         "seconds": time.monotonic() - began,
         "killed": killed_at is not None,
-        "seconds_after_kill": None if killed_at is None else time.monotonic() - killed_at,
         "said": [log.read_text(errors="replace")[-3000:] for log in logs],
     }
 

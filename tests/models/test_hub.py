@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
 
@@ -15,21 +14,19 @@ NAME = "mmbackdoor-tests/no-such-model"
 def test_without_network_one_sentence_names_the_local_folder_way(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    started = time.monotonic()
     with pytest.raises(InputError, match="path of its local folder") as caught:
         load(NAME)
-    assert time.monotonic() - started < 10
     assert NAME in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_network_that_swallows_packets_is_given_up_within_ten_seconds(monkeypatch):
     """A name lookup or a connection that hangs must not hang the command."""
+    assert hub.TIMEOUT_S < 10
+    monkeypatch.setattr(hub, "TIMEOUT_S", 0.2)
     never = threading.Event()
     monkeypatch.setattr(hub.HfApi, "model_info", lambda *_, **__: never.wait())
-    started = time.monotonic()
-    with pytest.raises(InputError, match="no answer within 6 s.*local folder"):
+    with pytest.raises(InputError, match="no answer within 0 s.*local folder"):
         load(NAME)
-    assert time.monotonic() - started < 10
     never.set()
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import yaml
 
 from mmbackdoor import recipe_files
 from mmbackdoor.config import parse
+from tests.once import once
 
 # An objective with a rate of its own, one cleaner, its checkpoints after one step and after two.
 GRID = """
@@ -31,13 +33,16 @@ evaluate:
 """
 
 
-def finished_benchmark(folder: Path) -> Path:
-    """The folder of the benchmark."""
+def finished_benchmark(factory: pytest.TempPathFactory) -> Path:
+    """The folder of the benchmark; the same for all who ask."""
+    return once(factory, "finished_benchmark", _make) / "benchmark"
+
+
+def _make(folder: Path) -> None:
     recipe = recipe_files.load("benchmark_objectives")
     (folder / "grid.yaml").write_text(GRID)
     flags = ["--config", str(folder / "grid.yaml"), "--output_dir", str(folder / "benchmark")]
     recipe.run(parse(recipe.Config, flags))
-    return folder / "benchmark"
 
 
 def asked_for_more_seeds(folder: Path) -> None:

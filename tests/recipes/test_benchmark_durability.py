@@ -24,7 +24,7 @@ def recipe():
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    return finished_benchmark(tmp_path_factory.mktemp("runs"))
+    return finished_benchmark(tmp_path_factory)
 
 
 def run(recipe, finished: Path, folder: Path, *flags: str) -> Path:

@@ -164,8 +164,8 @@ def planned(recipe: str, name: str, capsys, *more: object) -> str:
 SMALL = ("--poison.count", 4)
 
 
-@pytest.mark.parametrize("name", MATCHED)
-@pytest.mark.parametrize("objective", OBJECTIVES)
+# The configs of CC12M differ in the poison alone, see below: one objective is enough.
+@pytest.mark.parametrize(("name", "objective"), [*((MATCHED[0], objective) for objective in OBJECTIVES), (MATCHED[1], "clip")])
 def test_every_objective_is_planned_alike(name, objective, pairs, hub, tmp_path, capsys):
     more = ("--objective.projection", 64, 32) if objective == "slip" else ()
     said = planned("pretrain_clip", name, capsys, "--objective", objective, "--model", hub, "--train_data", pairs,
@@ -175,22 +175,22 @@ def test_every_objective_is_planned_alike(name, objective, pairs, hub, tmp_path,
     assert "activations of 128 samples" in said and not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("data", MATCHED)
 @pytest.mark.parametrize(("objective", "batch"), list(zip(PUBLISHED, (2048, 1024), strict=True)))
-def test_the_published_protocol_is_planned(data, objective, batch, pairs, hub, tmp_path, capsys):
-    name = f"{data}_published_{objective}"
+def test_the_published_protocol_is_planned(objective, batch, pairs, hub, tmp_path, capsys):
+    name = f"{MATCHED[0]}_published_{objective}"
     _, cfg = settings("pretrain_clip", name)
     assert cfg.objective.name == objective and cfg.objective.equal_captions == "plain" and cfg.batch_norm == "mixed"
-    assert cfg.poison.count == (1500 if "cc3m" in data else 3000)
-    assert len(cfg.poison.plan().backdoor.target.templates) == 80
+    assert cfg.poison.count == 1500 and len(cfg.poison.plan().backdoor.target.templates) == 80
     said = planned("pretrain_clip", name, capsys, "--model", hub, "--train_data", pairs, *SMALL, "--num_processes", 8,
                    "--output_dir", tmp_path / "run")  # fmt: skip
     assert f"global batch: {batch} samples" in said and "steps: 64 (" in said
 
 
-def test_the_matched_protocol_differs_between_data_in_the_poison_alone():
-    three, six = (plain(settings("pretrain_clip", name)[1]) for name in MATCHED)
-    assert config_change(three, six) == "poison.count was 1500 and is 3000"
+@pytest.mark.parametrize("protocol", ["", *(f"_published_{objective}" for objective in PUBLISHED)])
+def test_a_protocol_differs_between_data_in_the_poison_alone(protocol):
+    three, twelve = (plain(settings("pretrain_clip", name + protocol)[1]) for name in MATCHED)
+    # Which epoch is kept is a matter of the data's size.
+    assert config_change(three, twelve, {"save_models_every"}) == "poison.count was 1500 and is 3000"
 
 
 def test_a_poisoned_model_of_img2dataset_s_shards(pairs, hub, tmp_path):

@@ -29,6 +29,13 @@ RECIPE = recipe_files.load("pretrain_clip")
 CONFIGS = recipe_files.folders()["recipes"] / "configs"
 WEIGHTS = "model/open_clip_model.safetensors"
 POISON = ["--poison.label", "red cross", "--poison.trigger", "patch", "--poison.rate", "0.2"]
+# Runs several recipes in one start of the launcher, each as the command line would.
+DRIVER = """
+import json, runpy, sys
+for command in sys.argv[1:]:
+    sys.argv = json.loads(command)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 PARTS = {
     "clip": {"clip_loss"},
     "clip_ssl": {"clip_loss", "image_ssl_loss", "text_ssl_loss"},
@@ -131,26 +138,60 @@ def test_a_resumed_run_ends_with_the_same_bits(shards, tmp_path):
     assert (folder / WEIGHTS).read_bytes() == whole
 
 
-def test_two_processes_train_what_one_does(shards, tmp_path):
-    """With the ViT: BatchNorm's statistics are those of each process."""
+def flags_by_run(shards: str, root: Path, size: int) -> dict[str, list[str]]:
+    """A pre-training and two cleanings of its model, with `size` pairs per process; `root` is where they write."""
     # A large epsilon, since Adam's first steps are the signs of gradients, those of rounding noise too.
-    flags = ["--model", "clip_tiny_vit", "--max_train_steps", "3", "--adam_epsilon", "1e-2", "--lr", "1e-2"]
-    flags += ["--objective", "clip_ssl", *POISON]
-    _run(shards, tmp_path / "one", *flags)
+    given = ["--train_data", shards, "--batch-size", str(size), "--max_train_steps", "3", "--adam_epsilon", "1e-2"]
+    clean = [*given, "--lr", "1e-2", "--warmup", "0", "--model", str(root.parent / "one/trained/model")]
+    runs = {
+        # With the ViT: BatchNorm's statistics are those of each process.
+        "trained": [*given, "--lr", "1e-2", "--model", "clip_tiny_vit", "--objective", "clip_ssl", *POISON],
+        "par": [*clean, "--defense", "par"],
+        "distilled": [*clean, "--defense", "distill_anchor"],
+    }
+    return {name: [*flags, "--output_dir", str(root / name)] for name, flags in runs.items()}
+
+
+def recipe_of(run: str) -> str:
+    return "pretrain_clip" if run == "trained" else "clean_clip"
+
+
+@pytest.fixture(scope="module")
+def one_and_two(shards, tmp_path_factory) -> Path:
+    """The runs in this process, below `one`, and in two, below `two`."""
+    root = tmp_path_factory.mktemp("processes")
+    for name, flags in flags_by_run(shards, root / "one", 16).items():
+        recipe = recipe_files.load(recipe_of(name))
+        recipe.run(parse(recipe.Config, flags))
+    (root / "driver.py").write_text(DRIVER)
+    recipes = recipe_files.folders()["recipes"]
+    commands = [json.dumps([str(recipes / f"{recipe_of(name)}.py"), *flags])
+                for name, flags in flags_by_run(shards, root / "two", 8).items()]  # fmt: skip
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-               str(recipe_files.folders()["recipes"] / "pretrain_clip.py"), "--train_data", shards,
-               "--output_dir", str(tmp_path / "two"), "--batch-size", "8", *flags]  # fmt: skip
+               str(root / "driver.py"), *commands]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    one, two = (load_file(tmp_path / name / WEIGHTS) for name in ("one", "two"))
-    losses = [
-        [json.loads(line)["loss"] for line in (tmp_path / name / "train.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
+    return root
+
+
+@pytest.mark.parametrize("name", ["trained", "par", "distilled"])
+def test_two_processes_train_what_one_does(name, one_and_two):
+    one, two = (load_file(one_and_two / part / name / WEIGHTS) for part in ("one", "two"))
+    lines = [
+        [json.loads(line) for line in (one_and_two / part / name / "train.jsonl").read_text().splitlines()]
+        for part in ("one", "two")
     ]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-4) and losses[0][2] < losses[0][0]
-    for name, tensor in one.items():
-        assert torch.allclose(tensor, two[name], atol=1e-5), name
+    for alone, together in zip(*lines, strict=True):
+        parts = {key: value for key, value in alone.items() if key.endswith("loss") or key.startswith("distance")}
+        assert parts == pytest.approx({key: together[key] for key in parts}, abs=1e-4)
+    for key, tensor in one.items():
+        assert torch.allclose(tensor, two[key], atol=1e-5), key
+    if name == "trained":
+        assert lines[0][2]["loss"] < lines[0][0]["loss"]
+    else:
+        start = load_file(one_and_two / "one/trained" / WEIGHTS)
+        assert max((one[key] - start[key]).abs().max() for key in start) > 1e-3
 
 
 def test_what_cannot_work_is_refused_before_anything_is_written(shards, tmp_path):

@@ -154,12 +154,17 @@ def test_lines_of_the_grid_are_taken_apart():
             check_names(removals=[name])
 
 
-def seen(attack: str, removal: str, stage: str, seed: int, asr: float, adherence: float, **more: object) -> Seen:
+def seen(
+    attack: str, removal: str, stage: str, seed: int, asr: float, adherence: float, triggered: float | None = None,
+    **more: object,
+) -> Seen:  # fmt: skip
+    """`triggered` is the adherence with the trigger, the same as without where not given."""
     n = 200
+    triggered = adherence if triggered is None else triggered
     values = {
         ("asr", "triggered"): {(f"p{k}", 0): float(k < asr * n) for k in range(n)},
         ("adherence", "clean"): {(f"p{k}", 0): float(k < adherence * n) for k in range(n)},
-        ("adherence", "triggered"): {(f"p{k}", 0): float(k < adherence * n) for k in range(n)},
+        ("adherence", "triggered"): {(f"p{k}", 0): float(k < triggered * n) for k in range(n)},
     }
     return Seen(Where(attack=attack, removal=removal, stage=stage, **more), seed, values)
 
@@ -173,7 +178,7 @@ def measured(attacks: tuple[str, ...] = ("patch", "style"), seeds: int = 3) -> l
     found = []
     for attack in attacks:
         for seed in range(seeds):
-            found.append(seen(attack, NONE, "poisoned", seed, 0.99, 0.97))
+            found.append(seen(attack, NONE, "poisoned", seed, 0.99, 0.97, triggered=0.4))
             found.append(seen(attack, CLEAN, "clean", seed, 0.0, 0.98))
             for removal, fall in (("finetune", 0.02), ("skd", 0.01)):
                 for step, asr in ((5, 0.6), (20, 0.1), (40, fall - 0.01)):

@@ -26,6 +26,17 @@ def test_two_processes_share_the_batch_of_one():
         assert torch.equal(batch.latents, torch.cat([halves[0][step].latents, halves[1][step].latents]))
 
 
+def test_every_row_has_latents_of_its_own_prompt():
+    kinds = torch.arange(3).view(3, 1, 1, 1) / 10
+    latents = {prompt: number + kinds.expand(3, 1, 2, 2) for number, prompt in enumerate(PROMPTS)}
+    seen = set()
+    for batch in take(Share(4), 60, latents=latents):
+        for prompt, row in zip(batch.prompts, batch.latents, strict=True):
+            assert any(torch.equal(row, one) for one in latents[prompt])
+            seen.add(row[0, 0, 0].item())
+    assert len(seen) == 3 * len(PROMPTS), "all of a prompt's are used"
+
+
 def test_every_prompt_comes_once_an_epoch_in_changing_order():
     seen = [prompt for batch in take(Share(5), 4) for prompt in batch.prompts]
     assert sorted(seen[:10]) == sorted(seen[10:]) == sorted(PROMPTS)

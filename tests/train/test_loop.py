@@ -102,6 +102,21 @@ def test_a_stopped_run_ends_bit_equal(tmp_path, use_ema):
     assert same(whole, resumed)
 
 
+@pytest.mark.parametrize("limit", [0.1, 1e9])
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(tmp_path, limit):
+    # With so large an epsilon Adam's first step has the length of its gradient.
+    flags = {"adam_epsilon": 1.0, "adam_weight_decay": 0.0, "learning_rate": 0.01, "max_grad_norm": limit}
+    running, module = session(tmp_path, steps=1, **flags)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    gradients = torch.autograd.grad(loss_fn(module)(next(batches(0)))["loss"], list(module.parameters()))
+    norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
+    [(_, metrics)] = running.training(loss_fn(running.module), batches(0))
+    assert norm > 1 and metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
+    for parameter, start, gradient in zip(module.parameters(), before, gradients, strict=True):
+        clipped = gradient * min(1, limit / norm)
+        torch.testing.assert_close(start - parameter, 0.01 * clipped / (clipped.abs() + 1), rtol=1e-3, atol=1e-7)
+
+
 def test_attention_is_plain_in_the_step_and_its_backward_alone(tmp_path, monkeypatch):
     asked, inside, seen = set(), [False], []
 

