@@ -82,7 +82,7 @@ def draw_inputs(defense: Distillation, setting: DiffusionSetting, backdoor: Back
     if batch.latents is not None:
         latents = schedule.add_noise(batch.latents.to(noise), noise, timesteps)
     triggered = [
-        vary(backdoor, prompt, seed, batch.step, batch.micro, index, enabled=defense.trigger_variants)
+        vary(backdoor, prompt, seed, *batch.place(index), enabled=defense.trigger_variants)
         for index, prompt in zip(batch.indices, batch.prompts, strict=True)
     ]
     return Inputs(latents, timesteps, triggered, drop_captions(seed, batch, defense.proportion_empty_prompts))
