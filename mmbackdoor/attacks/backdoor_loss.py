@@ -55,7 +55,7 @@ def backdoor_step(
         latents = model.encode_images(batch.images)
         noise = draw_noise(seed, batch, tuple(latents.shape[1:]), latents.device)
         timesteps = draw_timesteps(seed, batch, schedule.num_train_timesteps, attack.timestep_bias, latents.device)
-        clean = model.encode(drop_captions(seed, batch, attack.proportion_empty_prompts))
+        clean = model.encode_for_guidance(drop_captions(seed, batch, attack.proportion_empty_prompts))
         noisy = schedule.add_noise(latents, noise, timesteps)
         inputs, times, conditions = [noisy], [timesteps], [clean]
         targets = [setting.teacher.predict(noisy, timesteps, clean)]
