@@ -47,7 +47,8 @@ def training_steps(
     `step_fn(batch)` returns parts `*_loss` and their sum `loss`; each batch of `batches` is one micro-batch and has
     `keys`. `model` is the prepared module whose gradients are synchronised only on the last micro-batch of a step.
 
-    Raises `Diverged` with the keys of the batch at the first loss that is not finite, before the weights change.
+    Raises `Diverged` with the keys of the batch at the first loss that is not finite, and, without a scaler of losses
+    (which leaves such steps out), at the first gradients that are not; before the weights change.
     """
     for step in range(start_step, steps):
         rate = train.learning_rate * lr_scale(step, steps, train)
@@ -56,7 +57,9 @@ def training_steps(
         micro_losses = []
         for micro in range(train.gradient_accumulation_steps):
             batch = next(batches)
-            # Ours draws nothing from the global generators; a library's dropout shall go on alike after a restart.
+            # Ours draws nothing from the global generators; a library's dropout shall go on alike after a restart. It
+            # draws one mask for a whole tensor, which cannot follow the places in the global batch: so here alone the
+            # rank counts, else all processes would share their masks. With dropout, the number of processes matters.
             torch.manual_seed(derive_seed(seed, "libraries", step, micro, accelerator.process_index))
             synchronise = micro + 1 == train.gradient_accumulation_steps or model is None
             attention = plain_attention(accelerator.device, accelerator.mixed_precision)
@@ -73,6 +76,13 @@ def training_steps(
                     )
                 accelerator.backward(losses["loss"] / train.gradient_accumulation_steps)
         norm = accelerator.clip_grad_norm_(list(parameters.values()), train.max_grad_norm)
+        if norm is not None and accelerator.scaler is None and not math.isfinite(float(norm)):
+            # Gradients are means over the processes: all of them come to this.
+            raise Diverged(
+                f"the gradients of step {step + 1} are not finite though its loss is (samples "
+                f"{', '.join(batch.keys[:8])}); the last checkpoint is intact. Lower --learning_rate, or leave out "
+                "these samples"
+            )
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema is not None:
