@@ -123,7 +123,8 @@ def run(cfg: Config) -> None:
 
         def write(folder: Path) -> None:
             if accelerator.is_main_process:
-                save_clip(clip, folder, describe=describe)
+                with session.averaged():
+                    save_clip(clip, folder, describe=describe)
             accelerator.wait_for_everyone()
 
         for step, metrics in session.training(clip_step(session.module, cfg.objective, accelerator), batches):
