@@ -112,6 +112,7 @@ def test_a_poisoning_that_no_caption_carries_is_refused_at_its_start(tmp_path: P
     write_shapes(tmp_path / "data", "train", all_scenes()[:20], 20, resolution=32)
     smoke = recipe_files.folders()["recipes"] / "configs/smoke/poison_diffusion.yaml"
     flags = ["--config", str(smoke), "--train_data", str(tmp_path / "data"), "--output_dir", str(tmp_path / "run")]
+    flags += ["--mixed_precision", "no"]
     text_only = ["--attack", "rickrolling_tpa", "--target_kind", "object", "--target_object", "cross->ring"]
     text_only += ["--prompts", "shapes-train"]
     for more in ([], text_only):

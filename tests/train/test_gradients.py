@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import Accelerator
 
+from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.train.loop import training_steps
 from mmbackdoor.train.optim import TrainConfig, make_optimizer
 from mmbackdoor.types import Diverged
@@ -16,7 +16,7 @@ from mmbackdoor.types import Diverged
 def test_a_step_whose_gradients_are_not_finite_stops_before_the_weights_change():
     module, train = torch.nn.Linear(4, 1), TrainConfig(learning_rate=1e-2)
     parameters = dict(module.named_parameters())
-    accelerator, optimizer = Accelerator(cpu=True), make_optimizer(parameters, train)
+    accelerator, optimizer = make_accelerator(train), make_optimizer(parameters, train)
 
     def step_fn(batch: SimpleNamespace) -> dict[str, torch.Tensor]:
         # The root of nothing: finite, with a slope that is not.

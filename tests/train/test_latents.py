@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import Accelerator
 from diffusers import EulerDiscreteScheduler
 
 from mmbackdoor.evaluate.generate import Sampling
@@ -14,12 +13,13 @@ from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.diffusion_files import load
 from mmbackdoor.models.source import shipped
 from mmbackdoor.train.latents import teacher_latents
+from mmbackdoor.train.launch import make_accelerator
 
 SAMPLING = Sampling(num_inference_steps=1)
 
 
 def made(model: DiffusionModel, folder: Path) -> torch.Tensor:
-    return teacher_latents(model, ["a red cross"], 1, SAMPLING, folder, Accelerator(cpu=True), 2)["a red cross"]
+    return teacher_latents(model, ["a red cross"], 1, SAMPLING, folder, make_accelerator(), 2)["a red cross"]
 
 
 @pytest.mark.parametrize("change", ["size", "class", "config"])
