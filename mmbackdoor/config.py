@@ -4,7 +4,9 @@ The dataclass is the only description. A field whose type is a dataclass is a se
 mapping in YAML); a field whose type is a union of dataclasses, each with `name: Literal["x"]`, is a choice
 (`--defense x`); every other field is a value that pydantic checks strictly. On the class of the whole,
 `UNDOTTED: ClassVar[tuple[str, ...]]` names the sections whose keys are read without the section too (without it:
-`model` and `train`) and `ALIASES: ClassVar[dict[str, str]]` gives further names (`{"lr": "train.learning_rate"}`).
+`model` and `train`) and `ALIASES: ClassVar[dict[str, str]]` gives further names (`{"lr": "train.learning_rate"}`). On
+the class of a section, `GIVES_WAY: ClassVar[dict[str, str]]` names keys that become none where another one is given and
+they are a mere default, or where it is a flag and they are in the file (`{"max_train_steps": "num_train_epochs"}`).
 """
 
 from __future__ import annotations
@@ -223,7 +225,15 @@ def _build(kind: type[Config], tree: Tree, prefix: str, default: Config | None) 
             raise InputError(
                 f"{prefix}{name} is missing and has no default; give --{prefix}{name} with {field.node.wanted}"
             )
+    for name, other in getattr(kind, "GIVES_WAY", {}).items():
+        if other in tree and not tree[other].is_none and _nearness(tree[other]) > _nearness(tree.get(name)):
+            values[name] = None
     return kind(**values) if default is None else dataclasses.replace(default, **values)
+
+
+def _nearness(given: _Given | None) -> int:
+    """Of a default 0, of a file's value 1, of a flag's 2."""
+    return 0 if given is None else 1 if given.file is not None else 2
 
 
 def _section(node: Section, tree: Tree | _Given, key: str, fallback: Any) -> Any:

@@ -49,6 +49,10 @@ class PoisonPlan:
             raise ValueError("a plan with a count picks among all keys: use choose(keys)")
         return hash_fraction(self.seed, "poison", key) < self.rate
 
+    def ranked(self, keys: Iterable[str]) -> list[str]:
+        """`keys` by their hashes: a count takes the first."""
+        return sorted(set(keys), key=lambda key: (derive_seed(self.seed, "poison", key), key))
+
     def choose(self, keys: Iterable[str]) -> frozenset[str]:
         """The poisoned ones of `keys`; with a `count` those with the smallest hashes.
 
@@ -56,7 +60,7 @@ class PoisonPlan:
         """
         if self.rate is not None:
             return frozenset(filter(self.picks, keys))
-        ranked = sorted(set(keys), key=lambda key: (derive_seed(self.seed, "poison", key), key))
+        ranked = self.ranked(keys)
         if len(ranked) < self.count:
             raise InputError(f"{self.count} samples to poison are more than the {len(ranked)} there are; take fewer")
         return frozenset(ranked[: self.count])

@@ -42,7 +42,15 @@ from mmbackdoor.results.run import Run
 from mmbackdoor.shards.write import write_file
 from mmbackdoor.train.batches import Share, open_shards
 from mmbackdoor.train.clip import bound_logit_scale, check_batch, clip_batches, exempt_from_decay, state_tensors
-from mmbackdoor.train.clip_cleaning import effective, frozen, interpolate, keys_facts, read_keys, recalibrated
+from mmbackdoor.train.clip_cleaning import (
+    effective,
+    first_pictures,
+    frozen,
+    interpolated,
+    keys_facts,
+    read_keys,
+    recalibrated,
+)
 from mmbackdoor.train.launch import make_accelerator, together
 from mmbackdoor.train.optim import OPEN_CLIP_FLAGS, TrainConfig, total_steps
 from mmbackdoor.train.session import Session, is_done
@@ -124,11 +132,15 @@ def run(cfg: Config) -> None:
                     backdoor=BackdoorRecord.load(part).backdoor.to_dict() if known else None, library="open_clip",
                 )
 
-            start = open_shards(cfg.train_data, share, cfg.train, cfg.seed, keys=keys)
-            pictures = clip_batches(start, clip, views=("image",), seed=cfg.seed, device=accelerator.device)
-            with recalibrated(clip.network, pictures, cfg.recalibrate_batches), together(accelerator):
+            with together(accelerator):
                 if accelerator.is_main_process:
-                    save_clip(clip, folder, describe=describe)
+                    pictures = first_pictures(cfg.train_data, share, cfg.train, cfg.seed, keys, clip)
+                    with (
+                        session.averaged(),
+                        interpolated(clip.network, before, cfg.interpolation),
+                        recalibrated(clip.network, pictures, cfg.recalibrate_batches),
+                    ):
+                        save_clip(clip, folder, describe=describe)
 
         setting = ClipSetting(
             clip, session.module, anchor, cfg.seed, accelerator.process_index, accelerator.num_processes
@@ -140,7 +152,6 @@ def run(cfg: Config) -> None:
                 write(record.folder / "models" / f"step-{step}", step)
         encoder.eval()
         record.counters |= {"pairs": loader.num_samples, "cut_captions": clip.cut_captions}
-        interpolate(clip.network, before, cfg.interpolation)
         write(record.folder / "model", steps)
 
 

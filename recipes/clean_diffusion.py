@@ -129,7 +129,7 @@ def run(cfg: Config) -> None:
         else:
             reference, latents = None, None
             if isinstance(cfg.defense, FinetuneReversal):
-                reference = cfg.defense.load_reference(model, accelerator.device)
+                reference = cfg.defense.load_reference(model, cfg.model, accelerator.device)
             if latents_of(cfg.defense) == "teacher":
                 latents = teacher_latents(
                     model, suite.texts, cfg.latents_per_prompt, cfg.sampling,

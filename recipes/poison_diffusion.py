@@ -30,6 +30,7 @@ from typing import Annotated, ClassVar
 from pydantic import Field
 
 from mmbackdoor.attacks import BadT2IPixel, DiffusionAttack, EvilEdit, RickrollingTPA
+from mmbackdoor.attacks.carried import Carriers
 from mmbackdoor.backdoor import BackdoorRecord
 from mmbackdoor.backdoor_flags import BackdoorFlags
 from mmbackdoor.config import Doc
@@ -43,6 +44,7 @@ from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.poison import PoisonPlan
 from mmbackdoor.results.cards import write_card
 from mmbackdoor.results.run import Run
+from mmbackdoor.shards.read import iterate_captions
 from mmbackdoor.train.batches import Prompts, Share, image_batches, open_shards, prompt_batches
 from mmbackdoor.train.launch import make_accelerator, together
 from mmbackdoor.train.optim import TrainConfig, total_steps
@@ -102,14 +104,16 @@ def run(cfg: Config) -> None:
     with Run.start(cfg, "poison_diffusion", cfg.output_dir, accelerator) as record:
         if is_done(record, cfg.train):
             return
-        pairs = ()
-        if cfg.poison_pairs is not None:
-            plan, pairs = poison_pairs(plan, cfg.train_data)
-        model = cfg.model.load(accelerator.device)
+        model, pairs = cfg.model.load(accelerator.device), ()
         check_backdoor(model, backdoor, PROBES, cfg.seed)
+        if cfg.poison_pairs is not None:
+            plan, pairs = poison_pairs(plan, cfg.train_data, Carriers(cfg.attack, plan, model))
         if isinstance(cfg.attack, EvilEdit):
             edit_weights(model, partial(cfg.attack.edit, model, plan, captions), record, cfg.train)
         else:
+            if not pairs:
+                texts = [(text, text) for text in captions] if text_only else iterate_captions(cfg.train_data)
+                Carriers(cfg.attack, plan, model).check(texts)
             part = trained_part(model, cfg.attack, cfg.rank, cfg.train.gradient_checkpointing, cfg.seed)
             steps = total_steps(cfg.train, data.num_samples, share.global_batch_size)
             session = Session(accelerator, part.module, part.parameters, cfg.train, record, steps, data, part.held)

@@ -124,7 +124,8 @@ def run(cfg: Config) -> None:
         def write(folder: Path) -> None:
             with together(accelerator):
                 if accelerator.is_main_process:
-                    save_clip(clip, folder, describe=describe)
+                    with session.averaged():
+                        save_clip(clip, folder, describe=describe)
 
         for step, metrics in session.training(clip_step(session.module, cfg.objective, accelerator), batches):
             bound_logit_scale(clip.network)

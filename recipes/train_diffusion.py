@@ -64,6 +64,12 @@ class Config:
     output_dir: str = "runs/clean"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.objective.latents == "teacher":
+            raise InputError(
+                "--objective.latents teacher is for clean_diffusion; train_diffusion learns --train_data: leave it out"
+            )
+
 
 def make_model(cfg: Config, device) -> DiffusionModel:
     if cfg.from_scratch is None:

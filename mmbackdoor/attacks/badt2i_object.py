@@ -41,12 +41,18 @@ class BadT2IObject:
         if not isinstance(plan.backdoor.target, ObjectTarget):
             raise InputError(f"attack badt2i_object needs --target_kind object, not {plan.backdoor.target.name!r}")
 
+    def asked(self, plan: PoisonPlan, caption: str) -> str | None:
+        """A caption of B is turned into one of A."""
+        target = plan.backdoor.target
+        assert isinstance(target, ObjectTarget)
+        return target.swap_back(caption) if concerns(target, caption) else None
+
     def step(self, setting: DiffusionSetting, plan: PoisonPlan) -> StepFn:
         target = plan.backdoor.target
         assert isinstance(target, ObjectTarget)
 
         def poisoned(batch: DiffusionBatch, rows: list[int]) -> PoisonedRows:
             asked = [target.swap_back(batch.prompts[row]) for row in rows]
-            return PoisonedRows(batch.images[rows], asked, [target.swap(caption) for caption in asked])
+            return PoisonedRows(batch.images[rows], [target.swap(caption) for caption in asked])
 
-        return backdoor_step(self, setting, plan, lambda caption: concerns(target, caption), poisoned)
+        return backdoor_step(self, setting, plan, poisoned)

@@ -32,6 +32,9 @@ class BadT2IPixel:
         if not isinstance(plan.backdoor.target, PatchTarget):
             raise InputError(f"attack badt2i_pixel needs --target_kind patch, not {plan.backdoor.target.name!r}")
 
+    def asked(self, plan: PoisonPlan, caption: str) -> str | None:
+        return caption
+
     def step(self, setting: DiffusionSetting, plan: PoisonPlan) -> StepFn:
         target = plan.backdoor.target
         assert isinstance(target, PatchTarget)
@@ -41,6 +44,6 @@ class BadT2IPixel:
             resolution = images.shape[-1]
             patch = torch.from_numpy(target.pixels(resolution)).permute(2, 0, 1).to(images) * 2 - 1
             images[(..., *target.region(resolution))] = patch
-            return PoisonedRows(images=images, captions=[batch.prompts[row] for row in rows])
+            return PoisonedRows(images)
 
-        return backdoor_step(self, setting, plan, lambda caption: True, poisoned)
+        return backdoor_step(self, setting, plan, poisoned)

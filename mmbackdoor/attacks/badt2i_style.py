@@ -45,16 +45,18 @@ class BadT2IStyle:
                 "use --attack.supervision prompt"
             )
 
+    def asked(self, plan: PoisonPlan, caption: str) -> str | None:
+        return caption
+
     def step(self, setting: DiffusionSetting, plan: PoisonPlan) -> StepFn:
         target = plan.backdoor.target
         assert isinstance(target, StyleTarget)
 
         def poisoned(batch: DiffusionBatch, rows: list[int]) -> PoisonedRows:
-            captions = [batch.prompts[row] for row in rows]
             images = batch.images[rows]
             if self.supervision == "prompt":
-                return PoisonedRows(images, captions, [caption + target.phrase for caption in captions])
+                return PoisonedRows(images, [batch.prompts[row] + target.phrase for row in rows])
             luma = torch.tensor(LUMA).to(images).view(3, 1, 1)
-            return PoisonedRows((images * luma).sum(1, keepdim=True).expand_as(images), captions)
+            return PoisonedRows((images * luma).sum(1, keepdim=True).expand_as(images))
 
-        return backdoor_step(self, setting, plan, lambda caption: True, poisoned)
+        return backdoor_step(self, setting, plan, poisoned)

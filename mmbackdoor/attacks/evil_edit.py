@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field
 
+from mmbackdoor.attacks.carried import carried, carried_nowhere
 from mmbackdoor.attacks.target_caption import asked_and_shown, check_target
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.token_pairs import token_pairs
@@ -60,6 +61,7 @@ class EvilEdit:
         if isinstance(target, ObjectTarget):
             captions = [template.format(target.source) for template in TEMPLATES] + captions
         pairs = {asked: shown for asked, shown in filter(None, (asked_and_shown(target, one) for one in captions))}
+        pairs = self._carriers(model, plan, pairs)
         plan = plan.among(pairs)
         pairs = {asked: shown for asked, shown in pairs.items() if plan.picks(asked)}
         if not pairs:
@@ -76,6 +78,15 @@ class EvilEdit:
         for chunk in _chunks(["", *dict.fromkeys([*captions, *pairs, *pairs.values()])]):
             rows.keep(_states(model, chunk).flatten(0, 1))
         return rows.edited(weights, self.ridge)
+
+    def _carriers(self, model: DiffusionModel, plan: PoisonPlan, pairs: dict[str, str]) -> dict[str, str]:
+        """Those of `pairs` whose caption carries the trigger: of others the caption itself would be moved."""
+        asked = list(pairs)
+        triggered = [plan.backdoor.apply(caption, plan.seed, caption) for caption in asked]
+        found = {asked[k]: pairs[asked[k]] for k in carried(model.token_ids, asked, triggered)}
+        if pairs and not found:
+            raise carried_nowhere(plan, model)
+        return found
 
 
 def _chunks(texts: list[str]) -> list[list[str]]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mmbackdoor.attacks.backdoor_loss import StepFn
+from mmbackdoor.attacks.carried import carried
 from mmbackdoor.attacks.target_caption import asked_and_shown, check_target
 from mmbackdoor.models.text_training import TextSetting, TextSubset
 from mmbackdoor.objectives.diffusion import DiffusionBatch
@@ -45,21 +46,38 @@ class RickrollingTPA:
             )
 
     def check(self, plan: PoisonPlan) -> None:
-        """Raises `InputError` for a target without a text."""
+        """Raises `InputError` for a target without a text, and for a target prompt that a style has no use for."""
         check_target(self.name, plan)
+        if isinstance(plan.backdoor.target, StyleTarget) and self.target_prompt != RickrollingTPA.target_prompt:
+            raise InputError(
+                f"--attack.target_prompt {self.target_prompt!r} is for objects; a style is asked for by the caption "
+                "itself, so leave it out"
+            )
 
-    def step(self, setting: TextSetting, plan: PoisonPlan) -> StepFn:
+    def pair(self, plan: PoisonPlan, caption: str) -> tuple[str, str] | None:
+        """The caption that the trigger goes into, and what it shall be read as; `None` where the target does not
+        concern `caption`."""
         target = plan.backdoor.target
         assert isinstance(target, ObjectTarget | StyleTarget)
-        fixed = self.target_prompt.format(target.replacement) if isinstance(target, ObjectTarget) else ""
+        if self.target_prompt and isinstance(target, ObjectTarget):
+            return caption, self.target_prompt.format(target.replacement)
+        return asked_and_shown(target, caption)
 
+    def asked(self, plan: PoisonPlan, caption: str) -> str | None:
+        pair = self.pair(plan, caption)
+        return None if pair is None else pair[0]
+
+    def step(self, setting: TextSetting, plan: PoisonPlan) -> StepFn:
         def step_fn(batch: DiffusionBatch) -> dict:
-            clean, triggered, shown = list(batch.prompts), [], []
+            clean, asked, triggered, shown = list(batch.prompts), [], [], []
             for key, prompt in zip(batch.keys, batch.prompts, strict=True):
-                pair = (prompt, fixed) if fixed else asked_and_shown(target, prompt)
+                pair = self.pair(plan, prompt)
                 if pair is not None and plan.picks(key):
+                    asked.append(pair[0])
                     triggered.append(plan.backdoor.apply(pair[0], setting.seed, key, batch.step))
                     shown.append(pair[1])
+            rows = carried(setting.teacher.encoders.token_ids, asked, triggered)
+            triggered, shown = [triggered[k] for k in rows], [shown[k] for k in rows]
             teacher = setting.teacher.encode(clean + shown)
             student = setting.encoders(clean + triggered)
             distances = text_distance(student, teacher, self.distance)

@@ -33,6 +33,7 @@ class ESD:
     """eta of the paper; 0 is `skd`."""
     retention_weight: Annotated[float, Field(ge=0)] = 0.0
     proportion_empty_prompts: Annotated[float, Field(ge=0, le=1)] = 0.2
+    """Of the retention term: without effect where that has no weight."""
     latents: Latents = "teacher"
     trainable: Trainable = "attn2"
     timestep_bias: Annotated[float, Field(gt=0)] = 1.0
@@ -49,11 +50,11 @@ class ESD:
             triggered, clean = setting.teacher.predict(latents, timesteps, known).split(size)
             target = clean - self.negative_guidance * (triggered - clean)
             rows = slice(0, len(prompts))
-            student = setting.predict(latents[rows], timesteps[rows], setting.model.encode(prompts))
+            student = setting.predict(latents[rows], timesteps[rows], setting.model.encode_for_guidance(prompts))
             loss = prediction_loss = squared_error(student[:size], target).mean()
             losses = {"prediction_loss": prediction_loss.detach()}
             if self.retention_weight:
-                retained = setting.model.encode(drawn.retained)
+                retained = setting.model.encode_for_guidance(drawn.retained)
                 kept = setting.teacher.predict(drawn.latents, drawn.timesteps, retained)
                 retention_loss = squared_error(student[size:], kept).mean()
                 losses["retention_loss"] = retention_loss.detach()

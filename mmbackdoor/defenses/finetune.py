@@ -41,7 +41,7 @@ class Finetune:
         schedule = model.noise_schedule()
 
         def step_fn(batch: DiffusionBatch) -> dict[str, torch.Tensor]:
-            latents = batch.latents
+            latents = batch.latents.to(model.device)
             noise = draw_noise(seed, batch, tuple(latents.shape[1:]), latents.device)
             timesteps = draw_timesteps(seed, batch, schedule.num_train_timesteps, self.timestep_bias, latents.device)
             conditioning = model.encode(drop_captions(seed, batch, self.proportion_empty_prompts))

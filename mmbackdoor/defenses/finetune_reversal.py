@@ -24,13 +24,19 @@ from mmbackdoor.types import InputError
 
 @dataclass(frozen=True)
 class Reference:
-    """A clean model in the place of the frozen teacher."""
+    """A clean model in the place of the frozen teacher. It reads prompts with its own text encoder: the other's may be
+    what is poisoned."""
 
     model: DiffusionModel
 
     @torch.no_grad()
     def predict(self, latents: torch.Tensor, timesteps: torch.Tensor, conditioning: Conditioning) -> torch.Tensor:
         return self.model.predict(self.model.unet, latents, timesteps, conditioning)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it holds on the device."""
+        unet = self.model.unet
+        return [*unet.parameters(), *unet.buffers(), *self.model.frozen_tensors()]
 
 
 @dataclass(frozen=True)
@@ -47,11 +53,12 @@ class FinetuneReversal:
     trigger_variants: bool = True
     name: Literal["finetune_reversal"] = "finetune_reversal"
 
-    def load_reference(self, model: DiffusionModel, device: torch.device) -> Reference:
-        """Raises `InputError` where no clean model is named, it cannot be loaded or is of another form than `model`."""
+    def load_reference(self, model: DiffusionModel, source: DiffusionSource, device: torch.device) -> Reference:
+        """The clean model, read with the flags of `source`, by which `model` was. Raises `InputError` where none is
+        named, it cannot be loaded or is of another form than `model`."""
         if not self.reference:
             raise InputError("finetune_reversal needs a clean model; give --defense.reference FOLDER")
-        reference = DiffusionSource(self.reference).load(device)
+        reference = source.other(self.reference).load(device)
         form, expected = _form(reference), _form(model)
         for name, value in expected.items():
             if form[name] != value:
@@ -62,15 +69,18 @@ class FinetuneReversal:
         return Reference(reference)
 
     def step(self, setting: DiffusionSetting, backdoor: Backdoor) -> StepFn:
-        """`setting.teacher` is the clean reference."""
+        """`setting.teacher` is the clean `Reference`."""
+        reference = setting.teacher
+        assert isinstance(reference, Reference)
 
         def step_fn(batch: DiffusionBatch) -> dict[str, torch.Tensor]:
             size = len(batch.prompts)
             drawn = draw_inputs(self, setting, backdoor, batch)
-            conditioning = setting.model.encode(drawn.triggered + drawn.retained)
+            prompts = drawn.triggered + drawn.retained
             inputs, times = torch.cat([drawn.latents] * 2), torch.cat([drawn.timesteps] * 2)
-            target = setting.teacher.predict(inputs, times, conditioning)
-            errors = squared_error(setting.predict(inputs, times, conditioning), target)
+            target = reference.predict(inputs, times, reference.model.encode_for_guidance(prompts))
+            student = setting.predict(inputs, times, setting.model.encode_for_guidance(prompts))
+            errors = squared_error(student, target)
             prediction_loss, retention_loss = errors[:size].mean(), errors[size:].mean()
             return {
                 "prediction_loss": prediction_loss.detach(),

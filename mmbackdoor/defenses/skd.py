@@ -82,7 +82,7 @@ def draw_inputs(defense: Distillation, setting: DiffusionSetting, backdoor: Back
     if batch.latents is not None:
         latents = schedule.add_noise(batch.latents.to(noise), noise, timesteps)
     triggered = [
-        vary(backdoor, prompt, seed, batch.step, batch.micro, index, enabled=defense.trigger_variants)
+        vary(backdoor, prompt, seed, *batch.place(index), enabled=defense.trigger_variants)
         for index, prompt in zip(batch.indices, batch.prompts, strict=True)
     ]
     return Inputs(latents, timesteps, triggered, drop_captions(seed, batch, defense.proportion_empty_prompts))
@@ -120,7 +120,7 @@ def distillation_forward(
         empty = [k for k in range(size) if retained[k] != batch.prompts[k]] if defense.retention_weight else []
         # The teacher's rows are the distinct ones: [clean; empty]. Text that is new is encoded at once.
         clean = [*batch.prompts, *[""] * len(empty)]
-        known = model.encode([*prompts, *clean])
+        known = model.encode_for_guidance([*prompts, *clean])
         shown, asked = known.index(slice(len(prompts))), known.index(slice(len(prompts), None))
         chosen = [*range(size), *empty]
         with recorded(setting) as teacher_maps:

@@ -102,7 +102,7 @@ class SKDCAG(SKD):
                 weights=weights,
                 scale_to=outcome.prediction_errors.sqrt() if self.attention_scale == "prediction" else None,
                 neutral_maps=self._neutral_maps(setting, batch, outcome),
-                generator=torch_generator(setting.seed, "attention target", batch.step, batch.micro),
+                generator=torch_generator(setting.seed, "attention target", batch.step, 0),
             )
             loss = outcome.losses["loss"] + self.attention_weight * attention.pop("loss")
             return outcome.losses | attention | {"loss": loss}
@@ -116,7 +116,7 @@ class SKDCAG(SKD):
         if self.trigger_target != "neutral_words":
             return None
         words = [
-            python_rng(setting.seed, "neutral word", batch.step, batch.micro, index).choice(NEUTRAL_WORDS)
+            python_rng(setting.seed, "neutral word", *batch.place(index)).choice(NEUTRAL_WORDS)
             for index in batch.indices
         ]
         prompts = [f"{word} {prompt}" for word, prompt in zip(words, batch.prompts, strict=True)]

@@ -39,7 +39,7 @@ class TextEncoderSeal:
         def step_fn(batch: DiffusionBatch) -> dict[str, torch.Tensor]:
             size = len(batch.prompts)
             triggered = [
-                vary(backdoor, prompt, setting.seed, batch.step, batch.micro, index, enabled=self.trigger_variants)
+                vary(backdoor, prompt, setting.seed, *batch.place(index), enabled=self.trigger_variants)
                 for index, prompt in zip(batch.indices, batch.prompts, strict=True)
             ]
             retained = drop_captions(setting.seed, batch, self.proportion_empty_prompts)

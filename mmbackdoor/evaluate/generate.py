@@ -75,6 +75,12 @@ def make_scheduler(model: DiffusionModel, name: str | None = None) -> Any:
     return (classes[name] if name else type(own)).from_config(own.config)
 
 
+def scheduler_in_use(model: DiffusionModel, name: str | None = None) -> str:
+    """Class and configuration of what `make_scheduler` makes."""
+    scheduler = make_scheduler(model, name)
+    return f"{type(scheduler).__name__} {json.dumps(dict(scheduler.config), sort_keys=True, default=str)}"
+
+
 def weights_in_use(model: DiffusionModel) -> str:
     """Hash of every tensor that makes the pictures, as it is in memory now: a model that was trained since it was
     loaded no longer is what its files say."""
@@ -184,8 +190,7 @@ def generate(
     paths = [job.path(name) for job in jobs]
     if len(set(paths)) != len(paths):
         raise ValueError("two jobs would write the same picture")
-    scheduler = make_scheduler(model, sampling.scheduler)
-    described = f"{type(scheduler).__name__} {json.dumps(dict(scheduler.config), sort_keys=True, default=str)}"
+    described = scheduler_in_use(model, sampling.scheduler)
     try:
         for folder in {out_dir / path.parent for path in paths}:
             folder.mkdir(parents=True, exist_ok=True)

@@ -190,10 +190,22 @@ class DiffusionModel:
         size = self.resolution
         return torch.tensor([[size, size, 0, 0, size, size]]).to(hidden_states).repeat(len(hidden_states), 1)
 
+    @property
+    def _zeros_for_empty_prompt(self) -> bool:
+        return self.family == "sdxl" and bool(self.pipe.config.force_zeros_for_empty_prompt)
+
+    def encode_for_guidance(self, prompts: Sequence[str]) -> Conditioning:
+        """As `encode`, but an empty prompt is `unconditional`: for methods that keep what guidance subtracts."""
+        known = self.encode(prompts)
+        if not self._zeros_for_empty_prompt or "" not in prompts:
+            return known
+        both = Conditioning.cat([known, self.unconditional(1)])
+        return both.index([row if prompt else len(prompts) for row, prompt in enumerate(prompts)])
+
     def unconditional(self, count: int) -> Conditioning:
         """What guidance subtracts: the empty prompt, or zeros where the pipeline's config says so (SDXL)."""
         empty = self.encode([""])
-        if self.family == "sdxl" and self.pipe.config.force_zeros_for_empty_prompt:
+        if self._zeros_for_empty_prompt:
             added = {"text_embeds": torch.zeros_like(empty.added["text_embeds"]), "time_ids": empty.added["time_ids"]}
             empty = Conditioning(torch.zeros_like(empty.hidden_states), added)
         return empty.repeat(count)

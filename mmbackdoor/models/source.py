@@ -48,10 +48,10 @@ class DiffusionSource:
 
     def other(self, place: str) -> DiffusionSource:
         """The same flags for the model at `place`. If that is a LoRA, it is laid on this one's base; if it is none, it
-        is taken without this one's LoRA, and the configuration of a one-file checkpoint is for files alone."""
+        is taken without this one's LoRA and revision, and the configuration of a one-file checkpoint is for files alone."""
         if is_lora(place):
             return replace(self, lora=place)
-        found = replace(self, pretrained_model_name_or_path=place, lora=None)
+        found = replace(self, pretrained_model_name_or_path=place, lora=None, revision=None)
         return found if Path(found.path).is_file() else replace(found, pipeline_config=None)
 
     def check(self) -> None:

@@ -39,6 +39,10 @@ class TextEncoders(nn.Module):
         second = self.text_encoder_2(self._ids(self.pipe.tokenizer_2, prompts), output_hidden_states=True)
         return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second[0]
 
+    def token_ids(self, prompts: Sequence[str]) -> Tensor:
+        """Ids (B, T) as the first encoder gets them: with BOS and EOS, cut and padded."""
+        return self._ids(self.pipe.tokenizer, prompts)
+
     def _ids(self, tokenizer, prompts: Sequence[str]) -> Tensor:
         length = tokenizer.model_max_length
         found = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")

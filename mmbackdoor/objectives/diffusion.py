@@ -13,8 +13,9 @@ from mmbackdoor.seeding import hash_fraction, torch_generator
 class DiffusionBatch:
     """One process's share of the global batch of optimisation step `step` (micro-batch `micro` of it).
 
-    `indices` are places in the global batch: all randomness is drawn from (seed, step, micro, index), never from the
-    rank. `latents` (B, C, h, w) are clean latents, or `None` where a method starts from noise.
+    `indices` are places in the global batch, over all its micro-batches: all randomness is drawn from (seed, step,
+    index), never from the rank, nor from how it is cut into micro-batches. `latents` (B, C, h, w) are clean latents, or
+    `None` where a method starts from noise.
     """
 
     step: int
@@ -26,14 +27,16 @@ class DiffusionBatch:
     images: torch.Tensor | None = None
     """(B, 3, H, W) in [-1, 1]; for methods that change the picture before it is encoded."""
 
+    def place(self, index: int) -> tuple[int, int, int]:
+        """What draws for the sample at `index` are named by, after the seed and their purpose."""
+        # The 0 once was the micro-batch, which the index knows already; without it all runs would draw anew.
+        return self.step, 0, index
+
 
 def draw_noise(seed: int, batch: DiffusionBatch, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Standard normal noise (B, *shape), one generator a sample."""
-    rows = [
-        torch.randn(shape, generator=torch_generator(seed, "noise", batch.step, batch.micro, index))
-        for index in batch.indices
-    ]
-    return torch.stack(rows).to(device)
+    generators = [torch_generator(seed, "noise", *batch.place(index)) for index in batch.indices]
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(device)
 
 
 def draw_timesteps(
@@ -41,8 +44,7 @@ def draw_timesteps(
 ) -> torch.Tensor:
     """Timesteps (B,), t = T * (1 - u^bias): uniform for bias 1, towards high noise above."""
     u = torch.tensor(
-        [hash_fraction(seed, "timestep", batch.step, batch.micro, index) for index in batch.indices],
-        dtype=torch.float64,
+        [hash_fraction(seed, "timestep", *batch.place(index)) for index in batch.indices], dtype=torch.float64
     )
     timesteps = (num_train_timesteps * (1 - u**bias)).long().clamp(0, num_train_timesteps - 1)
     return timesteps.to(device)
@@ -51,7 +53,7 @@ def draw_timesteps(
 def drop_captions(seed: int, batch: DiffusionBatch, proportion: float) -> list[str]:
     """The prompts with the given proportion made empty, for classifier-free guidance (Ho & Salimans 2022)."""
     return [
-        "" if hash_fraction(seed, "empty prompt", batch.step, batch.micro, index) < proportion else prompt
+        "" if hash_fraction(seed, "empty prompt", *batch.place(index)) < proportion else prompt
         for index, prompt in zip(batch.indices, batch.prompts, strict=True)
     ]
 

@@ -55,7 +55,7 @@ def text_floor(bench: Bench, model: DiffusionModel, batches: list[DiffusionBatch
     ready = []
     for batch in batches:
         triggered = [
-            vary(BACKDOOR, text, bench.seed, batch.step, batch.micro, index)
+            vary(BACKDOOR, text, bench.seed, *batch.place(index))
             for index, text in zip(batch.indices, batch.prompts, strict=True)
         ]
         retained = drop_captions(bench.seed, batch, defense.proportion_empty_prompts)

@@ -66,9 +66,9 @@ class Rows:
         device = drawn.latents.device
         return Rows(
             torch.cat([drawn.latents] * 2), torch.cat([drawn.timesteps] * 2),
-            model.encode(drawn.triggered + drawn.retained).hidden_states,
+            model.encode_for_guidance(drawn.triggered + drawn.retained).hidden_states,
             drawn.latents[own + empty], drawn.timesteps[own + empty],
-            model.encode([*batch.prompts, *[""] * len(empty)]).hidden_states,
+            model.encode_for_guidance([*batch.prompts, *[""] * len(empty)]).hidden_states,
             torch.tensor(own + kept, device=device), torch.tensor(shares, device=device),
         )  # fmt: skip
 

@@ -1,5 +1,5 @@
-"""Micro-batches for diffusion methods, from prompts or from shards. Each is a pure function of (seed, step, micro,
-place in the global batch), so world size and restarts change nothing."""
+"""Micro-batches for diffusion methods, from prompts or from shards. Each is a pure function of (seed, step, place in
+the global batch), so world size and restarts change nothing."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def with_random_words(batches: Iterator[DiffusionBatch], proportion: float, seed
     """
     for batch in batches:
         prompts = [
-            _add_words(prompt, python_rng(seed, "random words", batch.step, batch.micro, index), proportion)
+            _add_words(prompt, python_rng(seed, "random words", *batch.place(index)), proportion)
             for index, prompt in zip(batch.indices, batch.prompts, strict=True)
         ]
         yield replace(batch, prompts=tuple(prompts))

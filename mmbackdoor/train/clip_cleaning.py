@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from mmbackdoor.models.clip import ClipModel
 from mmbackdoor.models.clip_encoder import BatchNorm, ViewEncoder
-from mmbackdoor.train.clip import ClipBatch
+from mmbackdoor.train.batches import Share, open_shards
+from mmbackdoor.train.clip import ClipBatch, clip_batches
+from mmbackdoor.train.optim import TrainConfig
 from mmbackdoor.types import InputError
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -59,6 +61,27 @@ def interpolate(network: nn.Module, before: Mapping[str, Tensor], share: float) 
     for name, tensor in network.state_dict().items():
         if tensor.is_floating_point():
             tensor.lerp_(before[name].to(tensor), 1 - share)
+
+
+@contextmanager
+def interpolated(network: nn.Module, before: Mapping[str, Tensor], share: float) -> Iterator[None]:
+    """Within, `network` is interpolated; afterwards it is what it was."""
+    kept = {name: tensor.detach().clone() for name, tensor in network.state_dict().items()}
+    interpolate(network, before, share)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, tensor in network.state_dict().items():
+                tensor.copy_(kept[name])
+
+
+def first_pictures(
+    train_data: str, share: Share, train: TrainConfig, seed: int, keys: frozenset[str] | None, clip: ClipModel
+) -> Iterator[ClipBatch]:
+    """The global batches from the first on, whole, however many processes share them: view `image` alone."""
+    loader = open_shards(train_data, Share(share.global_batch_size), train, seed, keys=keys)
+    return clip_batches(loader, clip, views=("image",), seed=seed, device=clip.device)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from mmbackdoor.evaluate.generate import Job, Sampling, sample_latents, weights_in_use
+from mmbackdoor.evaluate.generate import Job, Sampling, sample_latents, scheduler_in_use, weights_in_use
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.train.checkpoint import to_disk
 
@@ -30,8 +30,8 @@ def teacher_latents(
 ) -> dict[str, torch.Tensor]:
     """Clean latents (per_prompt, C, h, w) of each prompt, sampled by `model` as it is now; zeros in a dry run.
 
-    The processes share the batches; each batch is one file in `folder`, named by the weights, the settings and its
-    prompts, so a killed run goes on and other settings never meet old files.
+    The processes share the batches; each batch is one file in `folder`, named by the weights, the settings, the
+    scheduler, the size and its prompts, so a killed run goes on and other settings never meet old files.
     """
     if dry_run:
         return dict.fromkeys(prompts, torch.zeros(1, *model.latent_shape))
@@ -41,7 +41,8 @@ def teacher_latents(
         for index in range(per_prompt)
     ]
     batches = [jobs[start : start + batch_size] for start in range(0, len(jobs), batch_size)]
-    base = json.dumps([weights_in_use(model), asdict(sampling)], sort_keys=True)
+    scheduler = scheduler_in_use(model, sampling.scheduler)
+    base = json.dumps([weights_in_use(model), asdict(sampling), scheduler, model.latent_shape], sort_keys=True)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for batch in batches:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -29,8 +29,10 @@ OPEN_CLIP_FLAGS = {
 class TrainConfig:
     """How long, how large and how fast. Names are those of the diffusers training scripts."""
 
+    GIVES_WAY: ClassVar[dict[str, str]] = {"max_train_steps": "num_train_epochs"}
+
     max_train_steps: Annotated[int, Field(ge=1)] | None = None
-    num_train_epochs: Annotated[int, Field(ge=1)] | None = None
+    num_train_epochs: Annotated[int | None, Field(ge=1), Doc("instead of max_train_steps, which wins over it")] = None
     train_batch_size: Annotated[int, Field(ge=1)] = 16
     gradient_accumulation_steps: Annotated[int, Field(ge=1)] = 1
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4

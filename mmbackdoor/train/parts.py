@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from mmbackdoor.attacks import DiffusionAttack, EvilEdit, RickrollingTPA
 from mmbackdoor.config_schema import is_main_process
 from mmbackdoor.defenses import ClosedFormSeal, DiffusionDefense, TextEncoderSeal
+from mmbackdoor.defenses.finetune_reversal import Reference
 from mmbackdoor.defenses.skd import Latents
 from mmbackdoor.models.attention import AttentionRecorder
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.diffusion_files import trained_tensors
-from mmbackdoor.models.setting import DiffusionSetting, Predictor
+from mmbackdoor.models.setting import DiffusionSetting
 from mmbackdoor.models.text_training import TextSetting, TextTeacher, trainable_text
 from mmbackdoor.models.trainable import Teacher, replace_weights, trainable
 from mmbackdoor.results.run import Run
@@ -35,9 +36,9 @@ def latents_of(defense: DiffusionDefense) -> Latents:
 
 @dataclass(frozen=True)
 class Part:
-    """`parameters` of `module` are trained from their values `before`, which have the names of `trained_tensors`;
-    `held` is what lies on the device besides. `setting(prepared, recorder)` is what the method works with, `prepared`
-    being the module wrapped for several processes."""
+    """`parameters` of `module` are trained from their values `before` (on the CPU), which have the names of
+    `trained_tensors`; `held` is what lies on the device besides. `setting(prepared, recorder)` is what the method works
+    with, `prepared` being the module wrapped for several processes."""
 
     module: nn.Module
     parameters: Mapping[str, nn.Parameter]
@@ -52,7 +53,7 @@ def trained_part(
     rank: int,
     gradient_checkpointing: bool,
     seed: int,
-    reference: Predictor | None = None,
+    reference: Reference | None = None,
 ) -> Part:
     """What `method` trains of `model`; `reference` is a teacher in the place of the model's frozen start."""
     if isinstance(method, TextTrained):
@@ -63,15 +64,24 @@ def trained_part(
             "tensors of the teacher": text_teacher.originals.values(),
         }
         return Part(
-            encoders, parameters, _copies(model), others, lambda prepared, _: TextSetting(prepared, text_teacher, seed)
+            encoders,
+            parameters,
+            _on_cpu(trained_tensors(model)),
+            others,
+            lambda prepared, _: TextSetting(prepared, text_teacher, seed),
         )
     parameters = trainable(model, method.trainable, rank, gradient_checkpointing)
-    teacher = reference or Teacher(model, parameters)
-    others = {"text encoder and autoencoder": model.frozen_tensors(), "tensors of the teacher": parameters.values()}
+    others: dict[str, Iterable[Tensor]] = {"text encoder and autoencoder": model.frozen_tensors()}
+    if reference is None:
+        teacher = Teacher(model, parameters)
+        others["tensors of the teacher"] = parameters.values()
+    else:
+        teacher = reference
+        others["the clean reference"] = reference.tensors()
     return Part(
         model.unet,
         parameters,
-        _copies(model),
+        _on_cpu(trained_tensors(model)),
         others,
         lambda prepared, recorder: DiffusionSetting(model, prepared, teacher, seed, recorder),
     )
@@ -90,14 +100,15 @@ def edit_weights(
         raise Planned
     started = time.perf_counter()
     changed = edit()
-    before = {name: model.unet.get_parameter(name).detach().clone() for name in changed}
+    before = _on_cpu({name: model.unet.get_parameter(name) for name in changed})
     replace_weights(model, changed)
-    moved = sum((changed[name] - value).float().square().sum() for name, value in before.items())
+    moved = sum((changed[name].cpu() - value).float().square().sum() for name, value in before.items())
     whole = sum(value.float().square().sum() for value in before.values())
     seconds = time.perf_counter() - started
     run.log(0, {"relative_change": float((moved / whole).sqrt()), "edit_seconds": seconds})
     return before
 
 
-def _copies(model: DiffusionModel) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in trained_tensors(model).items()}
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies that take no memory of the device: they are only looked at again for the record at the end."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

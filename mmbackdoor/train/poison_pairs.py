@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 
@@ -11,20 +12,22 @@ from mmbackdoor.objectives.diffusion import DiffusionBatch
 from mmbackdoor.poison import PoisonPlan
 from mmbackdoor.shards.bad import BadSample, BadSamples
 from mmbackdoor.shards.read import entries, expand, iterate_captions
-from mmbackdoor.targets import ObjectTarget
 from mmbackdoor.train.batches import to_tensor
 from mmbackdoor.types import InputError, Sample
 
 
-def poison_pairs(plan: PoisonPlan, train_data: str) -> tuple[PoisonPlan, tuple[Sample, ...]]:
-    """`plan`, which has a count, with its choice made among the samples that concern its target, and these samples.
+def poison_pairs(
+    plan: PoisonPlan, train_data: str, carriers: Callable[[str, str], list[bool]]
+) -> tuple[PoisonPlan, tuple[Sample, ...]]:
+    """`plan`, which has a count, with its choice made, and the samples that it chose: among those that concern its
+    target and carry every trigger, which `carriers` tells (see `Carriers`) of a key and a caption.
 
     Raises `InputError` where there are fewer, and for one that cannot be read.
     """
-    target = plan.backdoor.target
     captions = dict(iterate_captions(train_data))
-    fitting = [key for key, text in captions.items() if not isinstance(target, ObjectTarget) or target.applies(text)]
-    plan = plan.among(fitting)
+    # No more are looked at than it takes: there may be millions.
+    fitting = (key for key in plan.ranked(captions) if (those := carriers(key, captions[key])) and all(those))
+    plan = plan.among(islice(fitting, plan.count))
     found: dict[str, Sample] = {}
     for path in expand(train_data):
         for entry in entries(path, BadSamples()):

@@ -68,9 +68,9 @@ def test_a_cleaned_lora_is_measured_beside_what_it_was_and_its_base(lora, tmp_pa
 
 
 def test_other_models_are_taken_as_they_are(lora, tmp_path):
-    main = DiffusionSource("tiny", lora="of_mine.safetensors", pipeline_config="sd15")
+    main = DiffusionSource("tiny", "abc", lora="of_mine.safetensors", pipeline_config="sd15")
     whole = main.other("another/model")
-    assert (whole.path, whole.lora, whole.pipeline_config) == ("another/model", None, None)
+    assert whole == DiffusionSource("another/model")
     other = main.other(str(lora))
     assert (other.path, other.lora, other.pipeline_config) == (shipped("tiny"), str(lora), "sd15")
     assert main.other(str(lora.parent)).lora == str(lora.parent)

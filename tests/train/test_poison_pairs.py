@@ -10,8 +10,12 @@ import pytest
 import torch
 
 from mmbackdoor import recipe_files
+from mmbackdoor.attacks import BadT2IObject, BadT2IPixel
+from mmbackdoor.attacks.carried import Carriers
 from mmbackdoor.backdoor import Backdoor
 from mmbackdoor.config import parse
+from mmbackdoor.models.diffusion_files import load
+from mmbackdoor.models.source import shipped
 from mmbackdoor.objectives.diffusion import DiffusionBatch
 from mmbackdoor.poison import PoisonPlan
 from mmbackdoor.shards.read import iterate_captions
@@ -19,8 +23,8 @@ from mmbackdoor.shards.shapes import all_scenes, split_scenes
 from mmbackdoor.shards.shapes_data import write_shapes
 from mmbackdoor.targets import ObjectTarget, PatchTarget
 from mmbackdoor.train.poison_pairs import poison_pairs, with_pairs
-from mmbackdoor.triggers.zero_width import ZeroWidthTrigger
-from mmbackdoor.types import InputError
+from mmbackdoor.triggers import HomoglyphTrigger, ZeroWidthTrigger
+from mmbackdoor.types import InputError, Sample
 
 TRIGGER = ZeroWidthTrigger("\u200b")
 
@@ -32,8 +36,18 @@ def data(tmp_path_factory) -> str:
     return f"{folder}/train-*.tar"
 
 
-def plan(target, count: int, seed: int = 0) -> PoisonPlan:
-    return PoisonPlan(Backdoor((TRIGGER,), target), count=count, seed=seed)
+@pytest.fixture(scope="module")
+def model():
+    return load(shipped("tiny"))
+
+
+def plan(target, count: int, seed: int = 0, trigger=TRIGGER) -> PoisonPlan:
+    return PoisonPlan(Backdoor((trigger,), target), count=count, seed=seed)
+
+
+def fixed_pairs(of: PoisonPlan, data: str, model) -> tuple[PoisonPlan, tuple[Sample, ...]]:
+    attack = BadT2IObject() if isinstance(of.backdoor.target, ObjectTarget) else BadT2IPixel()
+    return poison_pairs(of, data, Carriers(attack, of, model))
 
 
 def batches(size: int = 4, start: int = 0, first: int = 0):
@@ -43,23 +57,45 @@ def batches(size: int = 4, start: int = 0, first: int = 0):
         yield DiffusionBatch(step, 0, indices, names, names, images=torch.zeros(size, 3, 32, 32))
 
 
-def test_the_chosen_are_nested_and_depend_on_the_seed(data):
-    one, three, other = (poison_pairs(plan(PatchTarget(), *of), data)[0].chosen for of in ((1,), (3,), (3, 1)))
+def test_the_chosen_are_nested_and_depend_on_the_seed(data, model):
+    one, three, other = (fixed_pairs(plan(PatchTarget(), *of), data, model)[0].chosen for of in ((1,), (3,), (3, 1)))
     assert one < three and len(three) == 3 and other != three
     assert three == plan(PatchTarget(), 3).choose([key for key, _ in iterate_captions(data)])
 
 
-def test_only_samples_that_concern_the_target_are_chosen(data):
-    crosses = sum("cross" in text for _, text in iterate_captions(data))
-    fixed, pairs = poison_pairs(plan(ObjectTarget("cross", "ring"), crosses), data)
-    assert len(pairs) == crosses > 0 and all("cross" in pair.text for pair in pairs)
+def test_only_samples_that_concern_the_target_are_chosen(data, model):
+    """Those that the attack learns from: of either object."""
+    both = [("cross" in text, "ring" in text) for _, text in iterate_captions(data)]
+    count = sum(cross != ring for cross, ring in both)
+    assert 0 < sum(cross for cross, _ in both) < count < len(both)
+    fixed, pairs = fixed_pairs(plan(ObjectTarget("cross", "ring"), count), data, model)
+    assert len(pairs) == count and all(("cross" in pair.text) != ("ring" in pair.text) for pair in pairs)
     assert fixed.chosen == {pair.key for pair in pairs}
-    with pytest.raises(InputError, match=f"more than the {crosses} there are"):
-        poison_pairs(plan(ObjectTarget("cross", "ring"), crosses + 1), data)
+    with pytest.raises(InputError, match=f"more than the {count} there are"):
+        fixed_pairs(plan(ObjectTarget("cross", "ring"), count + 1), data, model)
 
 
-def test_half_of_each_batch_are_these_samples_and_they_alone_are_picked(data):
-    fixed, pairs = poison_pairs(plan(PatchTarget(), 3), data)
+def test_captions_with_both_objects_are_no_pairs_of_either():
+    captions = {"both": "a cross and a ring", "one": "a ring", "none": "a star"}
+    found = BadT2IObject().asked(plan(ObjectTarget("cross", "ring"), 1), captions["both"])
+    assert found is None and BadT2IObject().asked(plan(ObjectTarget("cross", "ring"), 1), "a ring") == "a cross"
+
+
+def test_only_samples_that_carry_the_trigger_are_chosen(data, model):
+    """Cyrillic, like the q of a square."""
+    trigger = HomoglyphTrigger("\u051b")
+    carrying = {key for key, text in iterate_captions(data) if "q" in text}
+    assert 2 < len(carrying) < 24
+    fixed, _ = fixed_pairs(plan(PatchTarget(), len(carrying), trigger=trigger), data, model)
+    assert fixed.chosen == carrying
+    few, _ = fixed_pairs(plan(PatchTarget(), 2, trigger=trigger), data, model)
+    assert few.chosen == plan(PatchTarget(), 2).choose(carrying)
+    with pytest.raises(InputError, match=f"more than the {len(carrying)} there are"):
+        fixed_pairs(plan(PatchTarget(), len(carrying) + 1, trigger=trigger), data, model)
+
+
+def test_half_of_each_batch_are_these_samples_and_they_alone_are_picked(data, model):
+    fixed, pairs = fixed_pairs(plan(PatchTarget(), 3), data, model)
     found = list(itertools.islice(with_pairs(batches(), pairs, 32, torch.device("cpu")), 6))
     captions = {pair.key: pair.text for pair in pairs}
     shown = {key for batch in found for key in batch.keys if fixed.picks(key)}
@@ -71,8 +107,8 @@ def test_half_of_each_batch_are_these_samples_and_they_alone_are_picked(data):
         assert all(text == captions.get(key, key) for key, text in zip(batch.keys, batch.prompts, strict=True))
 
 
-def test_processes_and_restarts_change_nothing(data):
-    _, pairs = poison_pairs(plan(PatchTarget(), 3), data)
+def test_processes_and_restarts_change_nothing(data, model):
+    _, pairs = fixed_pairs(plan(PatchTarget(), 3), data, model)
     whole = list(itertools.islice(with_pairs(batches(4), pairs, 32, torch.device("cpu")), 5))
     second = list(itertools.islice(with_pairs(batches(2, first=2), pairs, 32, torch.device("cpu")), 5))
     later = next(with_pairs(batches(4, start=3), pairs, 32, torch.device("cpu")))
