@@ -15,7 +15,7 @@ def once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], obje
     """The folder `name`, filled by `make`. Whoever gets it only reads it."""
     root = factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
-        # Every worker has a folder of its own below the one of the session.
+        # Every worker has a folder of its own below that of the whole run.
         root = root.parent
     folder, done = root / name, root / f"{name}.done"
     with (root / f"{name}.lock").open("w") as lock:

@@ -1,4 +1,4 @@
-"""The three BadT2I attacks against their formula: what the student is asked, what the teacher is, how the terms add up."""
+"""The three BadT2I attacks against their formula: what the student is asked, what the teacher, how the terms add up."""
 
 from __future__ import annotations
 

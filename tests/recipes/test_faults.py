@@ -40,7 +40,8 @@ def test_when_one_of_two_processes_is_killed_the_other_ends_with_a_sentence(plac
     folder = place.root / "lost"
     more = ["--max_train_steps", "100000"]
     log = [str(folder / "train.jsonl"), 2]
-    done = place.run("poison_diffusion", folder, 2, 0, more=more, kill_after=0.0, kill="one", log_lines=log, timeout=ENDS_WITHIN)
+    options = {"kill_after": 0.0, "kill": "one", "log_lines": log, "timeout": ENDS_WITHIN}
+    done = place.run("poison_diffusion", folder, 2, 0, more=more, **options)
     # Had it waited for the lost one, it would have been killed, too: the driver ends what hangs.
     assert done["killed"] and done["codes"] == [1, -9], done
     last = done["said"][0].strip().splitlines()[-1]
@@ -52,7 +53,8 @@ def test_a_killed_loader_worker_ends_the_run_with_a_sentence(place):
     folder = place.root / "worker"
     more = ["--max_train_steps", "100000"]
     log = [str(folder / "train.jsonl"), 2]
-    done = place.run("poison_diffusion", folder, 1, 1, more=more, kill_after=0.0, kill="worker", log_lines=log, timeout=ENDS_WITHIN)
+    options = {"kill_after": 0.0, "kill": "worker", "log_lines": log, "timeout": ENDS_WITHIN}
+    done = place.run("poison_diffusion", folder, 1, 1, more=more, **options)
     assert done["killed"] and done["codes"] == [1], done
     assert "error: a loader worker died" in done["said"][0] and "Traceback" not in done["said"][0]
 

@@ -165,7 +165,7 @@ SMALL = ("--poison.count", 4)
 
 
 # The configs of CC12M differ in the poison alone, see below: one objective is enough.
-@pytest.mark.parametrize(("name", "objective"), [*((MATCHED[0], objective) for objective in OBJECTIVES), (MATCHED[1], "clip")])
+@pytest.mark.parametrize(("name", "objective"), [*((MATCHED[0], one) for one in OBJECTIVES), (MATCHED[1], "clip")])
 def test_every_objective_is_planned_alike(name, objective, pairs, hub, tmp_path, capsys):
     more = ("--objective.projection", 64, 32) if objective == "slip" else ()
     said = planned("pretrain_clip", name, capsys, "--objective", objective, "--model", hub, "--train_data", pairs,

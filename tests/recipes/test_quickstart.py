@@ -36,7 +36,8 @@ def test_every_stage_is_one_that_its_recipe_reads(attack, from_scratch, tmp_path
     monkeypatch.setattr(quickstart, "stage", stage)
     monkeypatch.setattr(quickstart, "write_shapes", draw)
     monkeypatch.setattr(quickstart, "compare", lambda folders: tables.extend(folders))
-    flags = ["--attack", attack, "--seed", "3", "--output_dir", str(tmp_path / "run"), *["--from_scratch"] * from_scratch]
+    flags = ["--attack", attack, "--seed", "3", "--output_dir", str(tmp_path / "run")]
+    flags += ["--from_scratch"] * from_scratch
     quickstart.run(parse(quickstart.Config, flags))
 
     first = ["pretrain_clip", "pretrain_clip", "train_diffusion"] if from_scratch else []
@@ -64,5 +65,5 @@ def test_every_stage_is_one_that_its_recipe_reads(attack, from_scratch, tmp_path
         asked = [*texts, *load_prompts(clean.prompts).texts]
         assert all(re.search(rf"\b{quickstart.OBJECT}\b", text) for text in asked)
         assert poison.mark.target().source == quickstart.OBJECT
-    seeds = {poison.seed, clean.seed, evaluation.sampling.seed}
-    assert seeds == {3} and (poison.train.resume_from_checkpoint, clean.train.resume_from_checkpoint) == ("auto", "auto")
+    assert {poison.seed, clean.seed, evaluation.sampling.seed} == {3}
+    assert {cfg.train.resume_from_checkpoint for cfg in (poison, clean)} == {"auto"}
