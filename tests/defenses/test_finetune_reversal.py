@@ -86,7 +86,7 @@ def test_the_terms_are_those_of_the_formula(share, retained):
         draws = torch.Generator().manual_seed(0)
         for name, parameter in model.unet.named_parameters():
             if ".attn2." in name:
-                parameter += 0.02 * torch.randn(parameter.shape, generator=draws)
+                parameter += 0.05 * torch.randn(parameter.shape, generator=draws)
     setting = DiffusionSetting(model, model.unet, Reference(clean), seed=7)
     defense = FinetuneReversal(trigger_variants=False, proportion_empty_prompts=share, retention_weight=0.3)
     losses = defense.step(setting, BACKDOOR)(BATCH)
