@@ -50,6 +50,7 @@ NEUTRAL = {
 }
 # What may be changed to go on with an old run, when that is asked for by `latest` or a checkpoint's path.
 CONTINUABLE = {"max_train_steps", "num_train_epochs", "learning_rate", "lr_scheduler", "lr_warmup_steps"}
+GO_ON = "choose another --output_dir, or go on with that run by --resume_from_checkpoint latest"
 # What says which sample comes when: a checkpoint holds the order itself, and resuming compares that.
 ORDERING = {"train_data", "train_batch_size", "streams", "drop_last", "train_data_upsampling_factors"}
 
@@ -146,6 +147,10 @@ def completed(config_type: type, values: dict[str, Any], source: str) -> dict[st
         return values
 
 
+def _other_config(folder: Path, change: str | None, way: str) -> str:
+    return f"--output_dir {str(folder)!r} holds a run with another config ({change}); {way}"
+
+
 def _refuse_other(folder: Path, recipe: str, cfg: Any, config: dict[str, Any]) -> dict[str, Any] | None:
     """`run.json` of the same run in `folder`, or `None` for a fresh start; raises `InputError` for another run."""
     if not (folder / FILE_NAME).exists():
@@ -161,20 +166,22 @@ def _refuse_other(folder: Path, recipe: str, cfg: Any, config: dict[str, Any]) -
         )
     old["config"] = completed(type(cfg), old["config"], str(folder / FILE_NAME))
     resuming = {value for key, value in _flat(config).items() if _last(key) == "resume_from_checkpoint"} - {None}
-    # `auto` goes on with what was stopped as it was; another rate or length has to be asked for.
-    but = NEUTRAL | (ORDERING if resuming else set()) | (CONTINUABLE if resuming - {"auto"} else set())
+    but = NEUTRAL | (CONTINUABLE | ORDERING if resuming else set())
     differing = _differing(old["config"], config, but)
     if differing:
         way = "choose another --output_dir or give the old values"
         if all(_last(key) in CONTINUABLE for key in differing):
-            way = "choose another --output_dir, or go on with that run by --resume_from_checkpoint latest"
-        raise InputError(f"--output_dir {str(folder)!r} holds a run with another config ({config_change(old['config'], config, but)}); {way}")
+            way = GO_ON
+        raise InputError(_other_config(folder, config_change(old["config"], config, but), way))
     changed = [key for key in _differing(old["config"], config, set()) if _last(key) in CONTINUABLE | ORDERING]
     if changed and (folder / "model").exists():
         raise InputError(
             f"--output_dir {str(folder)!r} holds the finished model of a run with another {', '.join(changed)}; to "
             "train on, give another --output_dir and one of its checkpoints as --resume_from_checkpoint"
         )
+    if resuming == {"auto"} and set(map(_last, changed)) & CONTINUABLE:
+        # It goes on with what was stopped as it was; another rate or length has to be asked for.
+        raise InputError(_other_config(folder, config_change(old["config"], config, NEUTRAL | ORDERING), GO_ON))
     return old
 
 
