@@ -37,7 +37,7 @@ from mmbackdoor.evaluate.clip_cell import ClipCell
 from mmbackdoor.evaluate.clip_data import chosen_keys, open_data
 from mmbackdoor.evaluate.clip_sight import Kept
 from mmbackdoor.recipe_files import flags
-from mmbackdoor.results import benchmark, benchmark_report, drafts
+from mmbackdoor.results import benchmark, benchmark_report, benchmark_tables, drafts
 from mmbackdoor.results.frontier import Blind, LargestDrift
 from mmbackdoor.results.removal_grid import Grid, check_names
 from mmbackdoor.shards.shapes_benchmark import BenchmarkShapes, benchmark_data, write_benchmark_shapes
@@ -144,7 +144,7 @@ def run(cfg: Config) -> None:
     if state.is_main_process:
         benchmark.write(folder, points, trainings)
         drafts.settle(said)
-        print(f"{benchmark.text(folder, cfg.blind)}\nreport: {benchmark_report.build(folder, cfg.blind)}")
+        print(f"{benchmark_tables.text(folder, cfg.blind)}\nreport: {benchmark_report.build(folder, cfg.blind)}")
     state.wait_for_everyone()
 
 

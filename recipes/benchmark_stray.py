@@ -36,7 +36,7 @@ from mmbackdoor.evaluate import clip_cell
 from mmbackdoor.evaluate.clip_cell import ClipCell
 from mmbackdoor.poison_clip import chosen_keys
 from mmbackdoor.recipe_files import flags
-from mmbackdoor.results import benchmark, stray
+from mmbackdoor.results import benchmark, benchmark_tables, stray
 from mmbackdoor.results.record import write_text
 from mmbackdoor.results.removal_grid import Grid, check_names
 from mmbackdoor.results.stray import NO_STRAYS, UNFILTERED
@@ -124,7 +124,7 @@ def run(cfg: Config) -> None:
                 points, trainings = points + some, trainings + runs
     if state.is_main_process:
         stray.write(folder, points, trainings, filters)
-        print(f"\n{stray.filter_table(filters).text()}{benchmark.text(folder, found.blind)}")
+        print(f"\n{stray.filter_table(filters).text()}{benchmark_tables.text(folder, found.blind)}")
         print(f"report: {stray.build(folder, found.blind, found.blind.words)}")
     state.wait_for_everyone()
 

@@ -18,7 +18,7 @@ Writes into output_dir: model/ (a stock diffusers pipeline), config.yaml, run.js
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 

@@ -11,7 +11,9 @@ import pytest
 from mmbackdoor import catalogue, recipe_files
 from mmbackdoor.config import parse
 from mmbackdoor.config_schema import Section, aliases, fields_of
+from mmbackdoor.results import benchmark, benchmark_tables
 from mmbackdoor.results.record import read
+from mmbackdoor.results.tables import markdown_page
 from mmbackdoor.shards.shapes import all_scenes
 from mmbackdoor.shards.shapes_data import write_shapes
 from mmbackdoor.speed import rows as speed_rows
@@ -62,6 +64,17 @@ def test_the_tables_of_speed_are_those_of_the_measured_rows(name):
     measured = speed_rows.read(ROOT / "recipes" / "results" / f"speed_{name}.jsonl")
     assert shown == speed_rows.table(measured).markdown(), "put in the table.md that belongs to these rows"
     assert {row.where.architecture for row in measured} == {name}
+
+
+@pytest.mark.parametrize("name", re.findall(r"<!-- study: results/(\S+) -->", RECIPES))
+def test_the_tables_of_a_study_are_those_of_its_lines(name):
+    config = ROOT / "recipes" / "configs" / "benchmark_objectives" / f"{name}.yaml"
+    rule = parse(recipe_files.load("benchmark_objectives").Config, ["--config", str(config)]).blind
+    points, trainings = benchmark.read(ROOT / "recipes" / "results" / name)
+    tables = benchmark_tables.tables(points, trainings, benchmark.cells(points, trainings, rule))
+    shown = between(RECIPES, f"<!-- study: results/{name} -->", "<!-- /study -->")
+    assert shown == markdown_page(tables, benchmark.warnings(points, trainings)).strip(), "put in its table.md"
+    assert {one.seed for one in points} >= {0, 1, 2}
 
 
 def test_every_recipe_has_a_row_with_its_configs_and_a_smoke_config():

@@ -16,19 +16,8 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
-from mmbackdoor.results.frontier import (
-    ASR_LEVELS,
-    LOSSES,
-    Frontier,
-    OverSeeds,
-    Point,
-    Sight,
-    blind,
-    frontier,
-    over_seeds,
-)
+from mmbackdoor.results.frontier import Frontier, OverSeeds, Point, Sight, blind, frontier, over_seeds
 from mmbackdoor.results.record import read_lines, write_text
-from mmbackdoor.results.tables import Table
 from mmbackdoor.types import InputError
 
 POINTS, TRAININGS = "points.jsonl", "trainings.jsonl"
@@ -191,6 +180,13 @@ def picked(points: Sequence[Measured], rule: Rule) -> list[Measured]:
     return found
 
 
+def span(values: Sequence[float | None]) -> str:
+    """`a`, `a .. b`, or a dash for nothing."""
+    known = sorted({value for value in values if value is not None})
+    ends = known if len(known) < 2 else [known[0], known[-1]]
+    return " .. ".join(f"{value:,}" if isinstance(value, int) else f"{value:g}" for value in ends) or "–"
+
+
 def warnings(points: Sequence[Measured], trainings: Sequence[Training]) -> list[str]:
     """What keeps these numbers from saying what they seem to say, a sentence each."""
     found = []
@@ -224,7 +220,7 @@ def warnings(points: Sequence[Measured], trainings: Sequence[Training]) -> list[
                                      for one in points if one.stage == "cleaned").items():  # fmt: skip
         candidates.setdefault(name, set()).add(count)
     if len(set().union(*candidates.values())) > 1:
-        shown = ", ".join(f"{name} {_span(list(counts))}" for name, counts in candidates.items())
+        shown = ", ".join(f"{name} {span(list(counts))}" for name, counts in candidates.items())
         found.append(
             f"Runs have different numbers of checkpoints to pick from ({shown}): more of them are more luck to draw on."
         )
@@ -253,111 +249,3 @@ def warnings(points: Sequence[Measured], trainings: Sequence[Training]) -> list[
     if len(seeds) < 3:
         found.append(f"Seeds: {len(seeds)}. That is too few to say that a difference is more than chance.")
     return found
-
-
-def per_cent(found: OverSeeds, digits: int = 1) -> str:
-    """`71.3 [65.0, 77.6]`, with the share of seeds that got there where not all did."""
-    if found.mean is None:
-        return "none"
-    bounds = "" if found.low is None else f" [{100 * found.low:.{digits}f}, {100 * found.high:.{digits}f}]"
-    beside = "" if found.reached == found.n else f" ({found.reached} of {found.n} seeds)"
-    return f"{100 * found.mean:.{digits}f}{bounds}{beside}"
-
-
-def mean_per_cent(values: Sequence[float]) -> str:
-    return f"{100 * sum(values) / len(values):.1f}"
-
-
-def start_table(points: Sequence[Measured]) -> Table:
-    """A line for each model before cleaning and for its control: ASR with both accuracies beside it."""
-    lines = []
-    for objective in dict.fromkeys(one.objective for one in points):
-        for stage in ("clean", "poisoned"):
-            some = [one for one in points if (one.objective, one.stage) == (objective, stage)]
-            if some:
-                columns = zip(*((one.asr, one.accuracy, one.accuracy_triggered) for one in some), strict=True)
-                values = [per_cent(over_seeds(column)) for column in columns]
-                lines.append((f"{objective}, {stage}", *values, f"{some[0].n:,}", str(len(some))))
-    header = ("model", "ASR, %", "accuracy, %", "accuracy with trigger, %", "pictures", "seeds")
-    return Table(header, tuple(lines))
-
-
-def frontier_table(found: Sequence[Cell]) -> Table:
-    """The frontier's numbers: per cent, means over seeds with 95 % intervals."""
-    lines = []
-    for cell in found:
-        values = [per_cent(cell.over(lambda one, k=k: one.accuracy_at[k])) for k in range(len(ASR_LEVELS))]
-        values += [per_cent(cell.over(lambda one, k=k: one.lowest_asr[k])) for k in range(len(LOSSES))]
-        values += [per_cent(cell.over(lambda one: one.area)), per_cent(cell.over(lambda one: one.succeeded), 0)]
-        counts = (sum(one.runs for one in cell.frontiers), sum(one.checkpoints for one in cell.frontiers))
-        lines.append((f"{cell.objective}, {cell.cleaner}", *values, *map(str, counts), str(len(cell.seeds))))
-    header = (
-        "objective, cleaner",
-        *(f"accuracy at ASR ≤ {100 * level:g} %" for level in ASR_LEVELS),
-        *(f"lowest ASR at accuracy −{100 * loss:g}" for loss in LOSSES),
-        "area, %",
-        "runs that succeed, %",
-        "runs",
-        "checkpoints",
-        "seeds",
-    )
-    return Table(header, tuple(lines))
-
-
-def selection_table(found: Sequence[Cell]) -> Table:
-    """What the oracle and the blind rule picked, side by side: ASR and accuracy of each."""
-    lines = []
-    for cell in found:
-        picks = []
-        for some in (cell.picks("oracle"), cell.picks("blind")):
-            picks.append(per_cent(over_seeds([one.asr if one else None for one in some])))
-            picks.append(per_cent(over_seeds([one.accuracy if one else None for one in some])))
-        names = sorted({f"{one.seen.run} step {one.seen.step}" for one in cell.picks("blind") if one})
-        lines.append((f"{cell.objective}, {cell.cleaner}", *picks, "; ".join(names) or "none"))
-    header = ("objective, cleaner", "oracle: ASR, %", "oracle: accuracy, %", "blind: ASR, %", "blind: accuracy, %",
-              "blind picked")  # fmt: skip
-    return Table(header, tuple(lines))
-
-
-def training_table(trainings: Sequence[Training]) -> Table:
-    """How the models of each line were trained, by what was in force; `a .. b` where that was not always the same."""
-    lines = []
-    for key in dict.fromkeys((one.objective, one.cleaner or one.stage) for one in trainings):
-        some = [one for one in trainings if (one.objective, one.cleaner or one.stage) == key]
-        repeats = [one.false_negatives for one in some if one.false_negatives is not None]
-        columns = (
-            [one.pairs for one in some], [one.batch_size for one in some], [one.steps for one in some],
-            [round(one.epochs, 1) if one.pairs else None for one in some], [one.peak_rate for one in some],
-            [one.steps_to_peak for one in some], [one.weight_decay for one in some],
-        )  # fmt: skip
-        share = f"{100 * sum(repeats) / len(repeats):.2f}" if repeats else "–"
-        lines.append((", ".join(key), *map(_span, columns), share, str(len(some))))
-    header = ("model", "pairs", "batch", "steps", "epochs", "highest rate", "steps to it", "weight decay",
-              "false negatives, %", "runs")  # fmt: skip
-    return Table(header, tuple(lines))
-
-
-def _span(values: Sequence[float | None]) -> str:
-    known = sorted({value for value in values if value is not None})
-    ends = known if len(known) < 2 else [known[0], known[-1]]
-    return " .. ".join(f"{value:,}" if isinstance(value, int) else f"{value:g}" for value in ends) or "–"
-
-
-def tables(points: Sequence[Measured], trainings: Sequence[Training], found: Sequence[Cell]) -> dict[str, Table]:
-    """Title -> table of all that was measured."""
-    return {
-        "Before cleaning": start_table(points),
-        "The frontier": frontier_table(found),
-        "Selection": selection_table(found),
-        "How they were trained": training_table(trainings),
-    }
-
-
-def text(folder: Path, rule: Rule) -> str:
-    """The tables and the warnings of the benchmark in `folder`, for a terminal."""
-    points, trainings = read(folder)
-    parts = [
-        f"{title}\n\n{table.text()}"
-        for title, table in tables(points, trainings, cells(points, trainings, rule)).items()
-    ]
-    return "\n\n".join(["", *parts, "\n".join(warnings(points, trainings))])

@@ -9,8 +9,9 @@ from pathlib import Path
 import jinja2
 
 from mmbackdoor import __version__
-from mmbackdoor.results import benchmark, grids
-from mmbackdoor.results.benchmark import Cell, Measured, mean_per_cent
+from mmbackdoor.results import benchmark, benchmark_tables, grids
+from mmbackdoor.results.benchmark import Cell, Measured
+from mmbackdoor.results.benchmark_tables import mean_per_cent
 from mmbackdoor.results.dots import WORDS, picks
 from mmbackdoor.results.frontier import BestUtility, LargestDrift
 from mmbackdoor.results.record import write_text
@@ -49,7 +50,7 @@ def build(folder: Path, rule: LargestDrift | BestUtility) -> Path:
     some = any(one for cell in cells for one in cell.picks("blind"))
     picked = grids.save(picks(cells), folder / PICKS) if some else None
     said = benchmark.warnings(points, trainings)
-    write_text(folder / TABLE, markdown_page(benchmark.tables(points, trainings, cells), said))
+    write_text(folder / TABLE, markdown_page(benchmark_tables.tables(points, trainings, cells), said))
     return page(
         folder,
         "benchmark.html.j2",
@@ -58,10 +59,12 @@ def build(folder: Path, rule: LargestDrift | BestUtility) -> Path:
         warnings=said,
         picture=inline(picture),
         picked=inline(picked) if picked else None,
-        start=benchmark.start_table(points),
-        frontier=benchmark.frontier_table(cells),
-        selection=benchmark.selection_table(cells),
-        lengths=benchmark.training_table(trainings),
+        start=benchmark_tables.start_table(points),
+        frontier=benchmark_tables.frontier_table(cells),
+        selection=benchmark_tables.selection_table(cells),
+        lost=benchmark_tables.lost_table(cells),
+        against=benchmark_tables.against_table(cells),
+        lengths=benchmark_tables.training_table(trainings),
         trainings=trainings,
         rule=rule.words,
         words=WORDS,

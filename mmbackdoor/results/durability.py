@@ -15,7 +15,8 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from mmbackdoor.results import benchmark_report, grids
-from mmbackdoor.results.benchmark import Measured, mean_per_cent, per_cent
+from mmbackdoor.results.benchmark import Measured
+from mmbackdoor.results.benchmark_tables import mean_per_cent, per_cent
 from mmbackdoor.results.dots import WORDS, Dot, dots
 from mmbackdoor.results.frontier import over_seeds
 from mmbackdoor.results.record import read_lines, write_text

@@ -14,8 +14,9 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter
 
-from mmbackdoor.results import benchmark, benchmark_report, grids
-from mmbackdoor.results.benchmark import Cell, Measured, Rule, Training, per_cent
+from mmbackdoor.results import benchmark, benchmark_report, benchmark_tables, grids
+from mmbackdoor.results.benchmark import Cell, Measured, Rule, Training
+from mmbackdoor.results.benchmark_tables import per_cent
 from mmbackdoor.results.dots import WORDS, picks
 from mmbackdoor.results.frontier import over_seeds
 from mmbackdoor.results.record import read_lines, write_text
@@ -102,7 +103,7 @@ def filter_table(filters: Sequence[Filtered]) -> Table:
 def tables(
     points: Sequence[Measured], trainings: Sequence[Training], cells: Sequence[Cell], filters: Sequence[Filtered]
 ) -> dict[str, Table]:
-    return {"What the filters found": filter_table(filters)} | benchmark.tables(points, trainings, cells)
+    return {"What the filters found": filter_table(filters)} | benchmark_tables.tables(points, trainings, cells)
 
 
 def build(folder: Path, rule: Rule, words: str) -> Path:

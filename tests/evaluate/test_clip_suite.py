@@ -23,7 +23,7 @@ from mmbackdoor.results.record import Record
 from mmbackdoor.targets import ClassTarget, UnknownTarget
 from mmbackdoor.triggers import IMAGE_TRIGGERS
 from mmbackdoor.types import InputError
-from tests.evaluate.clips import BACKDOOR, COLOURS, TARGET, rigged, write_colours
+from tests.evaluate.clips import BACKDOOR, TARGET, rigged, write_colours
 
 PER_CLASS = 80
 MODELS = {

@@ -7,7 +7,6 @@ import argparse
 import html
 import io
 import json
-import os
 import re
 import shlex
 import subprocess

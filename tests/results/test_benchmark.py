@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmbackdoor.results import benchmark, benchmark_report
+from mmbackdoor.results import benchmark, benchmark_report, benchmark_tables
 from mmbackdoor.results.benchmark import Measured, Training
 from mmbackdoor.results.frontier import BestUtility, LargestDrift, Point, Sight
 from mmbackdoor.results.scatter import Panel, scatter
@@ -92,7 +92,7 @@ def test_a_seed_with_which_every_run_broke_off_is_no_seed_less(tmp_path):
     assert clip.seeds == ssl.seeds == (0, 1) and clip.lost == (1,) and ssl.lost == ()
     assert [(one.runs, one.checkpoints, one.succeeded) for one in clip.frontiers] == [(2, 4, 0.5), (2, 0, 0)]
     assert clip.over(lambda one: one.succeeded).mean == 0.25 and clip.over(lambda one: one.accuracy_at[0]).reached == 1
-    frontier, picked = benchmark.frontier_table([clip]).rows[0], benchmark.selection_table([clip]).rows[0]
+    frontier, picked = benchmark_tables.frontier_table([clip]).rows[0], benchmark_tables.selection_table([clip]).rows[0]
     assert "88.0 (1 of 2 seeds)" in frontier and frontier[-3:] == ("4", "4", "2")
     assert all("(1 of 2 seeds)" in value for value in picked[1:5])
     benchmark.write(tmp_path, points, runs)
@@ -104,7 +104,7 @@ def test_a_cleaner_whose_every_run_broke_off_stays_in_every_table(tmp_path):
     points, runs = lost(0, 1)
     found = benchmark.cells(points, runs, LargestDrift())
     assert [cell.objective for cell in found] == ["clip", "clip_ssl"]
-    assert benchmark.selection_table(found).rows[0] == ("clip, finetune", "none", "none", "none", "none", "none")
+    assert benchmark_tables.selection_table(found).rows[0] == ("clip, finetune", "none", "none", "none", "none", "none")
     benchmark.write(tmp_path, points, runs)
     assert "finetune on clip: every run broke off" in benchmark_report.build(tmp_path, LargestDrift()).read_text()
     nothing = [one for one in points if one.stage != "cleaned"]
@@ -182,7 +182,7 @@ def test_the_training_table_has_what_was_in_force():
     some += [training(stage="cleaned", cleaner="cleanclip", learning_rate=rate, peak_rate=rate, weight_decay=10.0)
              for rate in (1e-4, 1e-3, 3e-3)]  # fmt: skip
     some.append(training(stage="cleaned", cleaner="cleanclip", pairs=None, steps=7, status="failed"))
-    table = benchmark.training_table(some)
+    table = benchmark_tables.training_table(some)
     assert table.rows == (
         ("clip, poisoned", "1,000", "100", "50", "5", "0.001", "50", "–", "1.00", "2"),
         ("clip, cleanclip", "1,000", "100", "7 .. 50", "5", "0.0001 .. 0.003", "–", "10", "–", "4"),
@@ -200,12 +200,30 @@ def test_what_was_picked_is_found_in_the_lines():
 
 def test_no_table_shows_asr_without_accuracy():
     cells = benchmark.cells(lines(), trainings(), LargestDrift())
-    for table in (benchmark.start_table(lines()), benchmark.frontier_table(cells), benchmark.selection_table(cells)):
+    start = benchmark_tables.start_table(lines())
+    for table in (start, benchmark_tables.frontier_table(cells), benchmark_tables.selection_table(cells)):
         assert any("ASR" in name for name in table.header) and any("accuracy" in name for name in table.header)
         assert all(len(row) == len(table.header) for row in table.rows)
-    assert benchmark.start_table(lines()).rows[1][:3] == ("clip, poisoned", "99.0 [99.0, 99.0]", "89.0 [76.3, 101.7]")
-    row = benchmark.frontier_table(cells).rows[1]
+    assert start.rows[1][:3] == ("clip, poisoned", "99.0 [99.0, 99.0]", "89.0 [76.3, 101.7]")
+    row = benchmark_tables.frontier_table(cells).rows[1]
     assert row[0] == "clip_ssl, finetune" and row[1] == "none" and row[-3:] == ("4", "8", "2")
+
+
+def test_losses_and_differences_are_paired_by_seed():
+    """Accuracies differ by 2 points between seeds, what is lost and by how much cleaners differ does not."""
+    more = [
+        dataclasses.replace(one, cleaner="cleanclip", accuracy=one.accuracy - 0.03, asr=one.asr + 0.01)
+        for one in lines()
+        if one.cleaner and one.objective == "clip"
+    ]
+    cells = benchmark.cells([*lines(), *more], trainings(), LargestDrift(budget=0.05))
+    lost = {row[0]: row[1:] for row in benchmark_tables.lost_table(cells).rows}
+    assert lost["clip, finetune"] == ("2.0 [2.0, 2.0]",) * 5 + ("2",)
+    assert lost["clip, cleanclip"][0] == "5.0 [5.0, 5.0]" and lost["clip_ssl, finetune"][0] == "none"
+    assert benchmark_tables.against_table(cells).rows == (
+        ("clip: finetune − cleanclip", "3.0 [3.0, 3.0]", "3.0 [3.0, 3.0]", "-1.0 [-1.0, -1.0]", "2"),
+    )
+    assert "Cleaners against each other" not in benchmark_tables.tables(lines(), [], cells[:1])
 
 
 def test_the_page_is_one_file_that_loads_nothing(tmp_path):
@@ -217,7 +235,7 @@ def test_the_page_is_one_file_that_loads_nothing(tmp_path):
     assert (tmp_path / "picks.png").stat().st_size > 5000 and page.count("data:image/png") == 2
     said = (tmp_path / "table.md").read_text()
     assert said.startswith("**Before cleaning**") and said.endswith("more than chance.\n")
-    assert said.count("| :-- |") == 4
+    assert said.count("| :-- |") == 5
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page
     assert "finetune on clip: ASR 99.0 → " in page and "without looking at the trigger" in page
     assert "the best accuracy on clean pictures kept for selection" in page and "&lt;b&gt;" in page
