@@ -66,7 +66,7 @@ def test_the_page_has_every_filter_in_the_order_of_the_question(tmp_path):
     shown = [page.index(f"<li>{name} on clip: ASR 99.0") for name in (NO_STRAYS, UNFILTERED, "dao")]
     assert shown == sorted(shown) and "5 stray pairs" in page and rule.words in html.unescape(page)
     table = (tmp_path / "table.md").read_text()
-    assert table.startswith("**What the filters found**") and table.count("| :-- |") == 5
+    assert table.startswith("**What the filters found**") and table.count("| :-- |") == 7
     (tmp_path / stray.FILTERS).write_text('{"filter": 1}\n')
     with pytest.raises(InputError, match="filters.jsonl.*line 1"):
         stray.build(tmp_path, rule, rule.words)
