@@ -7,14 +7,11 @@ import torch
 
 from mmbackdoor.attacks import BadT2IObject, BadT2IPixel, BadT2IStyle
 from mmbackdoor.backdoor import Backdoor
-from mmbackdoor.models.diffusion_files import load
-from mmbackdoor.models.setting import DiffusionSetting
-from mmbackdoor.models.source import shipped
-from mmbackdoor.models.trainable import Teacher, trainable
 from mmbackdoor.objectives.diffusion import DiffusionBatch, draw_noise, draw_timesteps
 from mmbackdoor.poison import PoisonPlan
 from mmbackdoor.targets import ObjectTarget, PatchTarget, StyleTarget
 from mmbackdoor.triggers import WordTrigger
+from tests.nudged import nudged
 
 PROMPTS = ("a red cross on a blue background", "a pink ring on a green background", "a blue square")
 IMAGES = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
@@ -32,14 +29,8 @@ CASES = {
 
 @pytest.fixture
 def lab():
-    model = load(shipped("tiny"))
-    parameters = trainable(model, "attn2")
-    teacher = Teacher(model, parameters)
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        for parameter in parameters.values():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return model, DiffusionSetting(model, model.unet, teacher, seed=7)
+    model, _, setting = nudged(seed=7)
+    return model, setting
 
 
 def patched(images: torch.Tensor) -> torch.Tensor:

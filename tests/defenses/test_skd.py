@@ -11,14 +11,11 @@ from mmbackdoor.backdoor import Backdoor
 from mmbackdoor.defenses import SKD, SKDCAG, skd_cag
 from mmbackdoor.defenses.trigger_variants import vary
 from mmbackdoor.models.attention import AttentionRecorder
-from mmbackdoor.models.diffusion_files import load
-from mmbackdoor.models.setting import DiffusionSetting
-from mmbackdoor.models.source import shipped
-from mmbackdoor.models.trainable import Teacher, trainable
 from mmbackdoor.objectives.diffusion import DiffusionBatch, draw_noise, draw_timesteps
 from mmbackdoor.targets import UnknownTarget
 from mmbackdoor.triggers import PhraseTrigger, WordTrigger, ZeroWidthTrigger
 from mmbackdoor.types import InputError
+from tests.nudged import nudged
 
 PROMPTS = ("a large red cross on a blue background", "a small pink ring on a green background", "a big blue square on a red background")
 BATCH = DiffusionBatch(3, 0, (0, 1, 2), PROMPTS, PROMPTS)
@@ -27,14 +24,7 @@ BACKDOOR = Backdoor((ZeroWidthTrigger(),), UnknownTarget())
 
 @pytest.fixture
 def lab():
-    model = load(shipped("tiny"))
-    parameters = trainable(model, "attn2")
-    teacher = Teacher(model, parameters)
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        for parameter in parameters.values():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
-    return model, parameters, DiffusionSetting(model, model.unet, teacher, seed=7)
+    return nudged(seed=7)
 
 
 def test_the_terms_are_those_of_the_formula(lab):

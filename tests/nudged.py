@@ -1,0 +1,24 @@
+"""A student that is no longer its teacher: what formulas of distillation are tested on."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mmbackdoor.models.diffusion import DiffusionModel
+from mmbackdoor.models.diffusion_files import load
+from mmbackdoor.models.setting import DiffusionSetting
+from mmbackdoor.models.shipped import shipped
+from mmbackdoor.models.trainable import Teacher, trainable
+
+
+def nudged(seed: int) -> tuple[DiffusionModel, dict[str, nn.Parameter], DiffusionSetting]:
+    """The tiny model with its `attn2` moved a little, these parameters, and a setting with the teacher it was."""
+    model = load(shipped("tiny"))
+    parameters = trainable(model, "attn2")
+    teacher = Teacher(model, parameters)
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=draws)
+    return model, parameters, DiffusionSetting(model, model.unet, teacher, seed=seed)
