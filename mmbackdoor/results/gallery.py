@@ -91,7 +91,8 @@ def choose(
     """
     if not pictures:
         return []
-    judged = [picture for picture in pictures if picture.stage == judged_stage(pictures)]
+    stage = judged_stage(pictures)
+    judged = [picture for picture in pictures if picture.stage == stage]
     chosen: dict[Place, tuple[str, bool]] = {}
     triggered = [picture for picture in judged if picture.condition == "triggered"]
     hits = [picture for picture in triggered if picture.score("asr")]

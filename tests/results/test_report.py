@@ -119,6 +119,23 @@ def test_the_worst_pictures_come_first_and_others_are_picked_by_a_hash(make_run:
     )
 
 
+class Passes(list):
+    """A list that counts how often somebody goes through it."""
+
+    count = 0
+
+    def __iter__(self):
+        self.count += 1
+        return super().__iter__()
+
+
+def test_rows_are_chosen_in_as_many_passes_however_many_pictures_there_are(make_run: Callable[..., Path]) -> None:
+    pictures = samples.read(make_run(hostile=False))
+    few, many = Passes(pictures[::2]), Passes(pictures)
+    assert report.gallery.choose(few) and report.gallery.choose(many)
+    assert few.count == many.count < 10
+
+
 def test_a_report_of_a_scan_without_pictures_or_run_json(make_run: Callable[..., Path]) -> None:
     run = make_run(
         rows=[
