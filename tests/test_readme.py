@@ -11,7 +11,7 @@ import pytest
 from mmbackdoor import catalogue, recipe_files
 from mmbackdoor.config import parse
 from mmbackdoor.config_schema import Section, aliases, fields_of
-from mmbackdoor.results import benchmark, benchmark_tables
+from mmbackdoor.results import benchmark, benchmark_tables, durability, removal_benchmark
 from mmbackdoor.results.record import read
 from mmbackdoor.results.tables import markdown_page
 from mmbackdoor.shards.shapes import all_scenes
@@ -66,15 +66,31 @@ def test_the_tables_of_speed_are_those_of_the_measured_rows(name):
     assert {row.where.architecture for row in measured} == {name}
 
 
-@pytest.mark.parametrize("name", re.findall(r"<!-- study: results/(\S+) -->", RECIPES))
-def test_the_tables_of_a_study_are_those_of_its_lines(name):
+def page_of_study(name: str) -> tuple[str, set[int | None]]:
+    """The tables that the lines in `recipes/results/NAME` make, and the seeds that they are of."""
+    folder = ROOT / "recipes" / "results" / name
+    if (folder / durability.LINES).is_file():
+        lines = durability.read(folder)
+        return markdown_page(durability.tables(lines), durability.warnings(lines)), {one.seed for one in lines}
+    if (folder / removal_benchmark.RUNS).is_file():
+        return removal_benchmark.markdown(folder), {one.seed for one in removal_benchmark.read(folder)[0]}
     config = ROOT / "recipes" / "configs" / "benchmark_objectives" / f"{name}.yaml"
     rule = parse(recipe_files.load("benchmark_objectives").Config, ["--config", str(config)]).blind
-    points, trainings = benchmark.read(ROOT / "recipes" / "results" / name)
+    points, trainings = benchmark.read(folder)
     tables = benchmark_tables.tables(points, trainings, benchmark.cells(points, trainings, rule))
-    shown = between(RECIPES, f"<!-- study: results/{name} -->", "<!-- /study -->")
-    assert shown == markdown_page(tables, benchmark.warnings(points, trainings)).strip(), "put in its table.md"
-    assert {one.seed for one in points} >= {0, 1, 2}
+    return markdown_page(tables, benchmark.warnings(points, trainings)), {one.seed for one in points}
+
+
+@pytest.mark.parametrize("name", re.findall(r"<!-- study: results/(\S+) -->", RECIPES))
+def test_the_tables_of_a_study_are_those_of_its_lines(name):
+    page, seeds = page_of_study(name)
+    assert between(RECIPES, f"<!-- study: results/{name} -->", "<!-- /study -->") == page.strip(), "put in its table.md"
+    assert seeds >= {0, 1, 2}
+
+
+def test_all_results_are_shown():
+    there = {path.name for path in (ROOT / "recipes" / "results").iterdir()}
+    assert there == set(re.findall(r"<!-- (?:study|speed): results/(\S+) -->", RECIPES))
 
 
 def test_every_recipe_has_a_row_with_its_configs_and_a_smoke_config():
