@@ -11,7 +11,7 @@ import pytest
 from mmbackdoor import catalogue, recipe_files
 from mmbackdoor.config import parse
 from mmbackdoor.config_schema import Section, aliases, fields_of
-from mmbackdoor.results import benchmark, benchmark_tables, durability, removal_benchmark
+from mmbackdoor.results import benchmark, benchmark_tables, removal_benchmark
 from mmbackdoor.results.record import read
 from mmbackdoor.results.tables import markdown_page
 from mmbackdoor.shards.shapes import all_scenes
@@ -69,9 +69,6 @@ def test_the_tables_of_speed_are_those_of_the_measured_rows(name):
 def page_of_study(name: str) -> tuple[str, set[int | None]]:
     """The tables that the lines in `recipes/results/NAME` make, and the seeds that they are of."""
     folder = ROOT / "recipes" / "results" / name
-    if (folder / durability.LINES).is_file():
-        lines = durability.read(folder)
-        return markdown_page(durability.tables(lines), durability.warnings(lines)), {one.seed for one in lines}
     if (folder / removal_benchmark.RUNS).is_file():
         return removal_benchmark.markdown(folder), {one.seed for one in removal_benchmark.read(folder)[0]}
     config = ROOT / "recipes" / "configs" / "benchmark_objectives" / f"{name}.yaml"
