@@ -9,13 +9,13 @@ from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.diffusion_files import load
 from mmbackdoor.models.setting import DiffusionSetting
 from mmbackdoor.models.shipped import shipped
-from mmbackdoor.models.trainable import Teacher, trainable
+from mmbackdoor.models.trainable import Subset, Teacher, trainable
 
 
-def nudged(seed: int) -> tuple[DiffusionModel, dict[str, nn.Parameter], DiffusionSetting]:
-    """The tiny model with its `attn2` moved a little, these parameters, and a setting with the teacher it was."""
+def nudged(seed: int, part: Subset = "attn2") -> tuple[DiffusionModel, dict[str, nn.Parameter], DiffusionSetting]:
+    """The tiny model with that `part` moved a little, its parameters, and a setting with the teacher it was."""
     model = load(shipped("tiny"))
-    parameters = trainable(model, "attn2")
+    parameters = trainable(model, part)
     teacher = Teacher(model, parameters)
     draws = torch.Generator().manual_seed(0)
     with torch.no_grad():

@@ -11,14 +11,12 @@ import torch
 from mmbackdoor.backdoor import Backdoor
 from mmbackdoor.defenses import SKD, SKDCAG
 from mmbackdoor.defenses.skd import draw_inputs
-from mmbackdoor.models.diffusion_files import load
 from mmbackdoor.models.setting import DiffusionSetting
-from mmbackdoor.models.shipped import shipped
-from mmbackdoor.models.trainable import Teacher, trainable
 from mmbackdoor.objectives.diffusion import DiffusionBatch
 from mmbackdoor.objectives.distill import squared_error
 from mmbackdoor.targets import UnknownTarget
 from mmbackdoor.triggers import ZeroWidthTrigger
+from tests.nudged import nudged
 
 COLOURS = ("red", "pink", "green", "white", "yellow")
 PROMPTS = tuple(f"a large {colour} cross on a blue background" for colour in COLOURS)
@@ -28,14 +26,8 @@ BACKDOOR = Backdoor((ZeroWidthTrigger(),), UnknownTarget())
 
 @pytest.fixture
 def lab():
-    model = load(shipped("tiny"))
-    parameters = trainable(model, "all")
-    teacher = Teacher(model, parameters)
-    with torch.no_grad():
-        draws = torch.Generator().manual_seed(0)
-        for parameter in parameters.values():
-            parameter += 0.02 * torch.randn(parameter.shape, generator=draws)
-    return model, DiffusionSetting(model, model.unet, teacher, seed=7)
+    model, _, setting = nudged(seed=7, part="all")
+    return model, setting
 
 
 def one_by_one(defense: SKD, setting: DiffusionSetting) -> torch.Tensor:
