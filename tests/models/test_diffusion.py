@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from mmbackdoor.models.diffusion import Conditioning, check_trigger
+from mmbackdoor.models.diffusion import Conditioning, DiffusionModel, check_trigger
 from mmbackdoor.models.diffusion_files import load
 from mmbackdoor.types import InputError
 
@@ -43,6 +43,23 @@ def test_the_unet_gets_what_the_stock_pipeline_gives_it(folders, family, guidanc
         timesteps = call["t"].expand(len(conditioning)).long()
         output = model.predict(model.unet, call["sample"], timesteps, conditioning)
     torch.testing.assert_close(output, call["output"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["plain", "with a mask", "an inversion of two vectors"])
+def test_text_is_read_as_the_stock_pipeline_reads_it(folders, case):
+    pipe = DiffusionPipeline.from_pretrained(folders("sd"))
+    prompts = ["", "red " * 40, "a <strange> square"]
+    before = DiffusionModel(pipe).encode(prompts).hidden_states
+    if case == "with a mask":
+        pipe.text_encoder.config.use_attention_mask = True
+    elif case != "plain":
+        width = pipe.text_encoder.config.hidden_size
+        vectors = torch.randn(2, width, generator=torch.Generator().manual_seed(0))
+        pipe.load_textual_inversion(vectors, token="<strange>")
+    expected, _ = pipe.encode_prompt(prompts, "cpu", 1, False)
+    found = DiffusionModel(pipe).encode(prompts).hidden_states
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+    assert torch.equal(found, before) == (case == "plain")
 
 
 def test_encode_is_cached_by_prompt_and_keeps_order(folders):
