@@ -9,9 +9,10 @@ numbers, gradient clipping and the logged numbers among it; without the progress
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch import Tensor
 from mmbackdoor.backdoor import Backdoor
 from mmbackdoor.defenses import SKD, SKDCAG
 from mmbackdoor.defenses.skd import draw_inputs
+from mmbackdoor.models.attention import AttentionRecorder
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.setting import DiffusionSetting
 from mmbackdoor.models.trainable import Subset, trainable
@@ -133,8 +135,16 @@ def removals(
             model=module,
             seed=bench.seed,
         )
-        found[name] = Timed(steps.__next__, (lambda entered=recorder: entered) if guided else nullcontext)
+        found[name] = Timed(steps.__next__, partial(_turn, model, recorder))
     return found
+
+
+@contextmanager
+def _turn(model: DiffusionModel, recorder: AttentionRecorder | None) -> Iterator[None]:
+    """All removals see the same prompts: none shall find them read by the one before it."""
+    model.forget_prompts()
+    with recorder or nullcontext():
+        yield
 
 
 def floor(bench: Bench, precision: Precision, defense: SKD) -> Timed:

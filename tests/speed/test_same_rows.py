@@ -114,6 +114,18 @@ def test_the_plain_published_procedure_trains_by_its_prediction_alone():
     assert any(not torch.equal(weights[name], start[name]) for name in weights)
 
 
+def test_no_removal_finds_its_prompts_read_by_another(monkeypatch):
+    model, read = BENCH.model(), []
+    encode = model._encode
+    monkeypatch.setattr(model, "_encode", lambda prompts: read.append(set(prompts)) or encode(prompts))
+    timed = skd_steps.removals(BENCH, model, BENCH.accelerator("no"), "no", {"skd": SKD(), "skd_cag": SKDCAG()})
+    for name in ("skd", "skd_cag"):
+        with timed[name].around():
+            timed[name].act()
+    first, second = read
+    assert first == second and len(first) >= BENCH.batch_size
+
+
 def test_guidance_records_only_where_it_is_timed():
     model = BENCH.model()
     timed = skd_steps.removals(
