@@ -223,5 +223,5 @@ def test_shipped_grids_are_valid(recipe, path, tmp_path):
         assert cfg.pretrain.poison is not None and cfg.clean.save_models_every == 40
     recipe.check(cfg)
     # All compare objectives, but for those that ask whether a cell is hard for a cleaner.
-    one = path.stem in ("cifar10_hard", "cifar10_structured")
+    one = path.stem in ("cifar10_hard", "cifar10_structured", "cifar10_faint")
     assert len(cfg.cleaners) > 1 and cfg.control and (len(cfg.objectives) > 1) == (not one)
