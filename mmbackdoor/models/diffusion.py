@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
+from transformers import BatchEncoding
 
 from mmbackdoor.models.compatible import check_pipeline
 from mmbackdoor.models.noise_schedule import NoiseSchedule
@@ -157,9 +158,12 @@ class DiffusionModel:
 
     def token_ids(self, prompts: Sequence[str]) -> Tensor:
         """Ids (B, T) as the text encoder sees them: with BOS and EOS, truncated and padded to `max_length`."""
+        return self._tokens(prompts).input_ids
+
+    def _tokens(self, prompts: Sequence[str]) -> BatchEncoding:
         return self.tokenizer(
             list(prompts), padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
-        ).input_ids
+        )
 
     def encode(self, prompts: Sequence[str]) -> Conditioning:
         """Conditioning of each prompt, (B, T, D), without gradient and outside autocast; cached by prompt."""
@@ -188,14 +192,11 @@ class DiffusionModel:
     def _hidden_states(self, prompts: list[str]) -> Tensor:
         """What the pipeline's `encode_prompt` gives, (B, T, D), but each prompt is read once, not three times: with a
         small text encoder that takes less than half as long."""
-        tokenizer, encoder = self.pipe.tokenizer, self.pipe.text_encoder
-        added = tokenizer.get_added_vocab()
+        encoder, added = self.pipe.text_encoder, self.tokenizer.get_added_vocab()
         if any(f"{token}_1" in added for token in added):
             # A textual inversion of several vectors: one token stands for all of them.
-            prompts = self.pipe.maybe_convert_prompt(prompts, tokenizer)
-        found = tokenizer(
-            prompts, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).to(self.device)
+            prompts = self.pipe.maybe_convert_prompt(prompts, self.tokenizer)
+        found = self._tokens(prompts).to(self.device)
         mask = found.attention_mask if vars(encoder.config).get("use_attention_mask") else None
         return encoder(found.input_ids, attention_mask=mask)[0]
 
