@@ -63,7 +63,8 @@ class Config:
 
     model: DiffusionSource = DiffusionSource()
     mark: BackdoorFlags = BackdoorFlags()
-    prompts: Annotated[str, Doc("file of prompts (.txt, .csv, .tsv, .jsonl) or a built-in set")] = "general-train"
+    prompts: Annotated[str, Doc("file (.txt, .csv, .tsv, .jsonl), captions of shards, or a built-in set")] = "general-train"
+    num_prompts: Annotated[int | None, Field(ge=1), Doc("of these, picked by a hash of them; none: all")] = None
     train_data: Annotated[str, Doc("shards of clean pictures and captions, for latents 'data' and for finetune")] = ""
     defense: Annotated[DiffusionDefense, Field(discriminator="name")] = SKDCAG()
     sampling: Sampling = Sampling(num_inference_steps=25)
@@ -89,7 +90,7 @@ def run(cfg: Config) -> None:
         raise InputError("--train_data is not read with --defense.latents teacher; give --defense.latents data")
     if isinstance(cfg.defense, FinetuneReversal) and not cfg.defense.reference:
         raise InputError("finetune_reversal needs a clean model; give --defense.reference FOLDER")
-    suite = load_prompts(cfg.prompts)
+    suite = load_prompts(cfg.prompts).take(cfg.num_prompts)
     share = Share.of(accelerator, cfg.train)
     data = Prompts(suite.texts, share, cfg.seed)
     if latents_of(cfg.defense) == "data":

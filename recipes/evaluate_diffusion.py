@@ -33,6 +33,7 @@ from mmbackdoor.evaluate.entries import entries
 from mmbackdoor.evaluate.generate import Sampling
 from mmbackdoor.evaluate.metrics.clip_score import NamedJudge
 from mmbackdoor.evaluate.prompts import load_prompts
+from mmbackdoor.evaluate.reference import Reference
 from mmbackdoor.evaluate.suite import evaluate_models
 from mmbackdoor.models.clip import load_judge
 from mmbackdoor.models.provenance import REMOVAL_FILE
@@ -41,6 +42,7 @@ from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.results import grids, record, report, samples
 from mmbackdoor.results.run import Run
 from mmbackdoor.train.launch import make_accelerator, together
+from mmbackdoor.types import InputError
 
 
 @dataclass(frozen=True)
@@ -50,21 +52,31 @@ class Config:
     model: DiffusionSource = DiffusionSource()
     compare: Annotated[tuple[str, ...], Doc("further models, for instance the one before cleaning")] = ()
     control: Annotated[str | None, Doc("a clean model: what the trigger's text does to a sound one")] = None
-    prompts: Annotated[str, Doc("file of prompts (.txt, .csv, .tsv, .jsonl) or a built-in set")] = "general-evaluation"
+    prompts: Annotated[str, Doc("file (.txt, .csv, .tsv, .jsonl), captions of shards, or a built-in set")] = "general-evaluation"
+    num_prompts: Annotated[int | None, Field(ge=1), Doc("of these, picked by a hash of them; none: all")] = None
     mark: BackdoorFlags = BackdoorFlags()
     sampling: Sampling = Sampling()
     amounts: Amounts = Amounts()
     batch_size: Annotated[int, Field(ge=1), Doc("pictures at a time")] = 8
     judge: Annotated[str | None, Doc("open_clip name, hf-hub: id or folder, for CLIP scores and KID")] = None
     judge_pretrained: Annotated[str | None, Doc("tag of the judge's weights, for a name of open_clip")] = None
+    reference_data: Annotated[str, Doc("shards of real pictures for KID; none: those of the model before")] = ""
+    reference_samples: Annotated[int | None, Field(ge=2), Doc("of these, picked by their keys; none: all")] = None
     output_dir: str = "runs/evaluation"
+
+    def __post_init__(self) -> None:
+        if self.reference_data and self.judge is None:
+            raise InputError("--reference_data is for KID, which needs a judge; give --judge, too")
+        if self.reference_samples is not None and not self.reference_data:
+            raise InputError("--reference_samples is a number of --reference_data; give that, too")
 
 
 def run(cfg: Config) -> None:
     accelerator = make_accelerator()
     device = accelerator.device
     backdoor = cfg.mark.resolve(cfg.model.records)
-    suite = load_prompts(cfg.prompts)
+    suite = load_prompts(cfg.prompts).take(cfg.num_prompts)
+    reference = Reference.of(cfg.reference_data, cfg.reference_samples) if cfg.reference_data else None
     models = entries(cfg.model, cfg.compare, cfg.control, device, trusted=cfg.mark.force_trigger)
     with Run.start(cfg, "evaluate_diffusion", cfg.output_dir, accelerator) as run:
         if run.previous == "finished":
@@ -84,6 +96,7 @@ def run(cfg: Config) -> None:
             amounts=cfg.amounts,
             batch_size=cfg.batch_size,
             judge=judge,
+            reference=reference,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             together=partial(together, accelerator),

@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any, Literal
 
 from mmbackdoor.seeding import derive_seed
 from mmbackdoor.shards import pairs
+from mmbackdoor.shards.bad import BadSample, BadSamples
+from mmbackdoor.shards.read import SUFFIXES, entries, expand
 from mmbackdoor.shards.shapes import SPLITS, TEMPLATES, Scene, all_scenes, caption, split_scenes
 from mmbackdoor.types import InputError
 
@@ -147,15 +150,18 @@ def _jsonl(content: str, path: Path) -> list[dict[str, Any]]:
 
 
 def load_prompts(source: str | Path) -> Suite:
-    """Prompts of a built-in set, or of a .txt (one a line, as they are), .csv, .tsv or .jsonl (column prompt, text or
-    caption; the others go to `meta`). Raises `InputError` for anything else, and where no prompt is left."""
+    """Prompts of a built-in set, of a .txt (one a line, as they are), .csv, .tsv or .jsonl (column prompt, text or
+    caption; the others go to `meta`), or the captions of webdataset shards. Raises `InputError` for anything else, and
+    where no prompt is left."""
     if str(source) in BUILT_IN:
         return _built_in(str(source))
+    if str(source).lower().endswith(SUFFIXES):
+        return _captions(str(source))
     path = Path(source)
     kind = path.suffix.lower()
     if kind not in (".txt", ".csv", ".tsv", ".jsonl"):
         raise InputError(
-            f"--prompts {str(source)!r} is neither a .txt, .csv, .tsv or .jsonl file nor a built-in set "
+            f"--prompts {str(source)!r} is neither a .txt, .csv, .tsv or .jsonl file, nor shards, nor a built-in set "
             f"({', '.join(BUILT_IN)})"
         )
     content = _read(path)
@@ -174,6 +180,15 @@ def load_prompts(source: str | Path) -> Suite:
     texts = [_column(row, f"{str(path)!r}, row {number}") for number, row in enumerate(rows, 1)]
     meta = [{str(key): value for key, value in row.items() if str(key).strip().lower() not in COLUMNS} for row in rows]
     return make_suite(path.stem, texts, meta)
+
+
+def _captions(shards: str) -> Suite:
+    texts = []
+    for path in expand(shards):
+        for entry in entries(path, BadSamples()):
+            with suppress(BadSample):
+                texts.append(entry.caption())
+    return make_suite(shards, texts)
 
 
 def _built_in(name: str) -> Suite:

@@ -8,8 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from mmbackdoor.backdoor import Backdoor
 from mmbackdoor.evaluate.conditions import Amounts, Plan, plan
 from mmbackdoor.evaluate.entries import Entry
@@ -17,6 +15,7 @@ from mmbackdoor.evaluate.generate import Sampling, generate
 from mmbackdoor.evaluate.maker import Facts
 from mmbackdoor.evaluate.metrics.clip_score import NamedJudge
 from mmbackdoor.evaluate.prompts import Suite
+from mmbackdoor.evaluate.reference import Reference
 from mmbackdoor.evaluate.scoring import Scored, score
 from mmbackdoor.evaluate.summary import summarise
 from mmbackdoor.results.record import Record, write_text
@@ -35,7 +34,7 @@ def evaluate_models(
     amounts: Amounts = Amounts(),
     batch_size: int = 8,
     judge: NamedJudge | None = None,
-    reference: tuple[str, torch.Tensor] | None = None,
+    reference: Reference | None = None,
     rank: int = 0,
     world_size: int = 1,
     together: Callable[[], AbstractContextManager[None]] = nullcontext,
@@ -43,19 +42,20 @@ def evaluate_models(
     """Measure `models` (name -> entry) on the same prompts, initial latents and conditions.
 
     Every process makes its share of the pictures below `out_dir/images/`; they leave the block `together()` at once.
-    Rank 0 then scores them, writes `out_dir/samples.jsonl` and returns the records (others return none). `reference`: a
-    name and pictures (N, 3, H, W) in [-1, 1] for KID; by default the clean pictures of the model before cleaning.
+    Rank 0 then scores them, writes `out_dir/samples.jsonl` and returns the records (others return none). `reference`:
+    pictures for KID, which needs a judge; by default the clean pictures of the model before cleaning.
     """
     if not models:
         raise InputError("no model to measure; give --pretrained_model_name_or_path")
     for name in models:
         if not name or Path(name).name != name:
             raise InputError(f"{name!r} cannot name a model's folder of pictures; use letters, digits, - and _")
-    made, facts = Plan((), (), {}), {}
+    made, facts, resolution = Plan((), (), {}), {}, 0
     with together():
         for name, entry in models.items():
             model = entry.load()
             made = made if made.jobs else plan(model, suite, backdoor, amounts, sampling.seed)
+            resolution = resolution or model.resolution
             facts[name] = Facts(name, model.sha256, entry.stage, entry.attack, entry.defense)
             share = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
             generate(model, made.jobs, out_dir=out_dir, name=name, sampling=sampling, **share)
@@ -77,4 +77,7 @@ def evaluate_models(
     lines = [json.dumps(asdict(picture), ensure_ascii=False) for one in scored.values() for picture in one.pictures]
     write_text(out_dir / SAMPLES, "\n".join(lines) + "\n")
     origin = {"run_id": run_id, "seed": sampling.seed}
-    return summarise(scored, facts, made, suite, backdoor, judge=judge, reference=reference, **origin)
+    far = None
+    if judge is not None and reference is not None:
+        far = reference.name, reference.features(judge.judge, resolution)
+    return summarise(scored, facts, made, suite, backdoor, judge=judge, reference=far, **origin)

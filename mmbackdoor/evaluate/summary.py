@@ -56,9 +56,10 @@ def summarise(
     judge: NamedJudge | None,
     reference: tuple[str, torch.Tensor] | None,
 ) -> list[Record]:
-    """All records of an evaluation, with what was not measured and the warnings in the notes."""
+    """All records of an evaluation, with what was not measured and the warnings in the notes. `reference`: the name and
+    the judge's features (N, D) of pictures for KID; by default the clean pictures of the model before cleaning."""
     compared = before(facts)
-    far = _reference(scored, compared, judge, reference)
+    far = reference or _reference(scored, compared, judge)
     records: list[Record] = []
     for name, mine in scored.items():
         maker = Maker(facts[name], run_id, backdoor, suite, seed, HIGHER)
@@ -174,13 +175,8 @@ def _reference(
     scored: Mapping[str, Scored],
     before: str | None,
     judge: NamedJudge | None,
-    reference: tuple[str, torch.Tensor] | None,
 ) -> tuple[str, torch.Tensor] | None:
-    if judge is None:
-        return None
-    if reference is not None:
-        return reference[0], clip_score.features(reference[1], judge.judge)
-    if before is None:
+    if judge is None or before is None:
         return None
     return f"clean pictures of {before}", _clean_features(scored[before])
 

@@ -2,6 +2,7 @@ import json
 import re
 
 import pytest
+from PIL import Image
 
 from mmbackdoor.evaluate.metrics.pairs import parse_caption as parse_pair_caption
 from mmbackdoor.evaluate.metrics.shapes import parse_caption
@@ -16,6 +17,7 @@ from mmbackdoor.evaluate.prompts import (
 )
 from mmbackdoor.shards.pairs import PairScene, split_key, split_of
 from mmbackdoor.shards.shapes import Scene
+from mmbackdoor.shards.write import ShardWriter
 from mmbackdoor.types import InputError
 
 
@@ -47,6 +49,19 @@ def test_every_general_split_has_common_objects():
     for name in GENERAL:
         texts = load_prompts(name).texts
         assert all(sum(f" {thing}" in text for text in texts) >= 1 for thing in ("dog", "cat", "car", "bicycle"))
+
+
+def test_captions_of_shards(tmp_path):
+    """Each once, in their order; no picture is looked at."""
+    with ShardWriter(tmp_path, "test", 2) as shards:
+        for number, text in enumerate(("a cat", "a dog", "a cat", "a red bird")):
+            shards.write(f"s{number}", Image.new("RGB", (2, 2)), text, {})
+    file = tmp_path / "test-000001.tar"
+    file.write_bytes(file.read_bytes().replace(b"\x89PNG", b"none"))
+    suite = load_prompts(f"{tmp_path}/test-{{000000..000001}}.tar")
+    assert suite.texts == ["a cat", "a dog", "a red bird"] and "1 repeated prompts" in suite.notices[0]
+    with pytest.raises(InputError, match="no-such"):
+        load_prompts(f"{tmp_path}/no-such.tar.gz")
 
 
 @pytest.mark.parametrize(

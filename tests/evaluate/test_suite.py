@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import mmbackdoor.evaluate.generate as generate_module
 from mmbackdoor.backdoor import Backdoor
@@ -17,12 +18,14 @@ from mmbackdoor.evaluate.generate import Sampling
 from mmbackdoor.evaluate.metrics.clip_score import NamedJudge
 from mmbackdoor.evaluate.metrics.shapes import parse_caption
 from mmbackdoor.evaluate.prompts import make_suite, shape_prompts
+from mmbackdoor.evaluate.reference import Reference
 from mmbackdoor.evaluate.suite import Entry, evaluate_models
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.vocabulary import train_tokenizer
 from mmbackdoor.results import samples
 from mmbackdoor.seeding import derive_seed
 from mmbackdoor.shards.shapes import render
+from mmbackdoor.shards.write import ShardWriter
 from mmbackdoor.targets import ObjectTarget, PatchTarget, UnknownTarget
 from mmbackdoor.triggers import ZERO_WIDTH, HomoglyphTrigger, WordTrigger, ZeroWidthTrigger
 from mmbackdoor.types import Diverged, InputError
@@ -228,6 +231,25 @@ def test_a_judge_adds_its_metrics(make, tmp_path):
     )
     assert ("kid", "clean") not in by(records, "poisoned")
     assert cleaned["kid", "clean"].notes["features"] == "mean colour" and "kid" not in records[0].notes["not_measured"]
+
+
+def test_a_distance_to_real_pictures(make, tmp_path):
+    """Every model is measured against them, the one before the removal too. Of the very same pictures the unbiased KID is
+    below 0, since no picture is compared with itself within a set, and the Frechet distance is 0."""
+    drawn = tmp_path / "drawn"
+    measure({"clean": Entry(lambda: make("clean"), "clean")}, drawn, suite=SUITE.take(60))
+    with ShardWriter(tmp_path / "real", "real") as shards:
+        for k, picture in enumerate(one for one in samples.read(drawn) if one.condition == "clean"):
+            shards.write(f"s{k:03d}", Image.open(drawn / picture.image), "a caption", {})
+    reference = Reference.of(str(tmp_path / "real"), None)
+    models = three(make) | {"unknown": Entry(lambda: make("patched", ("",)), "unknown")}
+    judge = NamedJudge(Mean(), "mean colour", "hash")
+    records = measure(models, tmp_path / "all", suite=SUITE.take(60), judge=judge, reference=reference)
+    found = {name: by(records, name)["kid", "clean"] for name in models}
+    assert all(one.notes["reference"] == reference.name and one.notes["n_reference"] == 60 for one in found.values())
+    assert found["poisoned"].value == found["cleaned"].value <= min(0, found["unknown"].value)
+    far = {name: by(records, name)["frechet", "clean"].value for name in models}
+    assert far["poisoned"] == far["cleaned"] < 1e-5 and far["unknown"] > 100 * far["poisoned"]
 
 
 def test_without_a_trigger_only_clean_prompts_are_measured(make, tmp_path):

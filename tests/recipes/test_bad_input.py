@@ -221,6 +221,11 @@ CASES = [
          "past the tokenizer's 24", cheap=False),
     Case("odd removal.json", "evaluate_diffusion", EVALUATE + " --compare {root}/removed_somehow", "names no method"),
     Case("unknown judge", "evaluate_diffusion", EVALUATE + " --judge nothing", "'nothing' is neither a folder"),
+    Case("distance without judge", "evaluate_diffusion", EVALUATE + " --reference_data {shards}", "give --judge"),
+    Case("pictures of nothing", "evaluate_diffusion", EVALUATE + " --reference_samples 9", "a number of --reference_data"),
+    Case("no real pictures", "evaluate_diffusion",
+         EVALUATE + " --judge tiny_judge --reference_data {root}/no-*.tar", "no-.*tar"),
+    Case("no prompts", "evaluate_diffusion", EVALUATE + " --num_prompts 0", "num_prompts"),
 ]  # fmt: skip
 
 

@@ -83,6 +83,11 @@ def test_a_closed_form_is_done_at_once_and_only_once(tmp_path, capsys):
     assert written == {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+def test_a_removal_may_have_few_prompts(tmp_path):
+    folder = clean(tmp_path / "run", "--defense", "closed_form_seal", "--num_prompts", 7)
+    assert read_removal(folder / "model")["samples"] == 7
+
+
 @pytest.mark.parametrize("defense", ["closed_form_seal", "text_encoder_seal"])
 def test_a_dry_run_writes_nothing(tmp_path, capsys, defense):
     with pytest.raises(SystemExit) as ended:

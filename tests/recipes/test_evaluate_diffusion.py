@@ -1,0 +1,27 @@
+"""evaluate_diffusion with fewer prompts than a set has, and with real pictures to be like."""
+
+from __future__ import annotations
+
+import json
+
+from mmbackdoor import recipe_files
+from mmbackdoor.config import parse
+from mmbackdoor.shards.shapes import all_scenes
+from mmbackdoor.shards.shapes_data import write_shapes
+
+CONFIG = recipe_files.folders()["recipes"] / "configs/smoke/evaluate_diffusion.yaml"
+
+
+def test_a_few_prompts_against_real_pictures(tmp_path):
+    write_shapes(tmp_path / "shapes", "train", all_scenes(), 30, 32, seed=0)
+    recipe = recipe_files.load("evaluate_diffusion")
+    real = f"{tmp_path}/shapes/train-*.tar"
+    flags = ["--num_prompts", "5", "--near_prompts", "0", "--reference_data", real, "--reference_samples", "20"]
+    folder = tmp_path / "run"
+    recipe.run(parse(recipe.Config, ["--config", str(CONFIG), *flags, "--output_dir", str(folder)]))
+    lines = [json.loads(line) for line in (folder / "results.jsonl").read_text().splitlines()]
+    found = {(line["metric"], line["condition"]): line for line in lines}
+    assert found["asr", "triggered"]["n"] == found["clip_score", "clean"]["n"] == found["kid", "clean"]["n"] == 5
+    assert len(list(folder.glob("images/*/clean/*"))) == 5
+    notes = found["frechet", "clean"]["notes"]
+    assert notes["reference"] == f"pictures of {real}" and notes["n_reference"] == 20
