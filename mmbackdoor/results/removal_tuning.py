@@ -151,8 +151,8 @@ def read(folder: Path) -> list[TunedTrial]:
 
 
 def table(trials: Sequence[TunedTrial]) -> Table | None:
-    """All trials with their numbers, winners marked; `None` where there are none. Adherence in per cent, CLIP scores as
-    they are."""
+    """All trials with their numbers, winners marked; `None` where there are none. Rates and adherence in per cent, CLIP
+    scores as they are."""
     if not trials:
         return None
     metric = next((one.utility for one in trials if one.utility), "adherence")
@@ -165,11 +165,13 @@ def table(trials: Sequence[TunedTrial]) -> Table | None:
             for value, low, high in (one.change.get(name, (0, 0, 0)) for name in ("clean", "triggered"))
         ]
         level = f"{scale * one.level:.{digits}f}"
-        numbers = (f"{one.asr_sum:.3f}", *changes, level) if one.error is None else ("–",) * 4
+        rates = " / ".join(f"{100 * value:.1f}" for value in one.asr.values())
+        numbers = (rates, f"{one.asr_sum:.3f}", *changes, level) if one.error is None else ("–",) * 5
         mark = "broke off" if one.error else "winner" if one.winner else ""
         mark += "" if one.kept or one.error else ", over the budget" if mark else "over the budget"
         lines.append((f"{one.removal}, {one.trial}: {settings}", *numbers, f"{one.n:,}", mark))
     name = metric_name(metric)
     changes = [f"change of {name}, {condition}{', points' if unit else ''}" for condition in ("clean", "triggered")]
-    header = ("removal, trial", "ASR, summed (oracle)", *changes, f"{name}{unit}", "n", "")
+    steps = next((" / ".join(one.asr) for one in trials if one.asr), "k")
+    header = ("removal, trial", f"ASR after {steps} steps, %", "ASR, summed (oracle)", *changes, f"{name}{unit}", "n", "")
     return Table(header, tuple(lines))
