@@ -7,7 +7,6 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -15,8 +14,7 @@ from typing import Any, Literal
 
 from mmbackdoor.seeding import derive_seed
 from mmbackdoor.shards import pairs
-from mmbackdoor.shards.bad import BadSample, BadSamples
-from mmbackdoor.shards.read import SUFFIXES, entries, expand
+from mmbackdoor.shards.read import SUFFIXES, iterate_captions
 from mmbackdoor.shards.shapes import SPLITS, TEMPLATES, Scene, all_scenes, caption, split_scenes
 from mmbackdoor.types import InputError
 
@@ -156,7 +154,7 @@ def load_prompts(source: str | Path) -> Suite:
     if str(source) in BUILT_IN:
         return _built_in(str(source))
     if str(source).lower().endswith(SUFFIXES):
-        return _captions(str(source))
+        return make_suite(str(source), [text for _, text in iterate_captions(source)])
     path = Path(source)
     kind = path.suffix.lower()
     if kind not in (".txt", ".csv", ".tsv", ".jsonl"):
@@ -180,15 +178,6 @@ def load_prompts(source: str | Path) -> Suite:
     texts = [_column(row, f"{str(path)!r}, row {number}") for number, row in enumerate(rows, 1)]
     meta = [{str(key): value for key, value in row.items() if str(key).strip().lower() not in COLUMNS} for row in rows]
     return make_suite(path.stem, texts, meta)
-
-
-def _captions(shards: str) -> Suite:
-    texts = []
-    for path in expand(shards):
-        for entry in entries(path, BadSamples()):
-            with suppress(BadSample):
-                texts.append(entry.caption())
-    return make_suite(shards, texts)
 
 
 def _built_in(name: str) -> Suite:

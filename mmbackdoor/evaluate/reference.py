@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -31,8 +32,7 @@ class Reference:
         """
         data = open_data(shards)
         keys = chosen_keys(data, samples, 0)
-        found = next((k for k, _ in enumerate(undecoded(data, BadSamples(), keys), 1) if k == 2), 0)
-        if found < 2:
+        if len(list(islice(undecoded(data, BadSamples(), keys), 2))) < 2:
             raise InputError(f"{shards!r} has fewer than two pictures, and a distance needs two; give other shards")
         return Reference(f"pictures of {shards}", data, keys)
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from PIL import Image
 
-from mmbackdoor.evaluate.clip_data import ClipData
 from mmbackdoor.evaluate.metrics import clip_score
 from mmbackdoor.evaluate.reference import Reference
 from mmbackdoor.shards.write import ShardWriter
@@ -57,18 +56,14 @@ def test_what_has_no_two_pictures_is_refused(tmp_path):
         Reference.of(str(tmp_path / "nothing-*.tar"), None)
 
 
-def test_pictures_that_cannot_be_read_are_left_out(tmp_path):
+@pytest.mark.parametrize("broken", [2, 3])
+def test_pictures_that_cannot_be_read_are_left_out(tmp_path, broken):
     spec = write(tmp_path, 4)
     file = tmp_path / "real-000000.tar"
-    data = bytearray(file.read_bytes())
-    for place in range(3):
-        first = data.index(b"\x89PNG")
-        data[first : first + 4] = b"none"
-        if place < 2:
-            assert data.count(b"\x89PNG") == 3 - place
-    file.write_bytes(data)
-    with pytest.raises(InputError, match="fewer than two pictures .* can be read; check them with `mmbackdoor shards check`"):
-        Reference.of(spec, None).features(Corner(), 8)
-    whole = write(tmp_path / "whole", 4)
-    both = Reference("pictures of both", ClipData("both", (whole.replace("*", "000000"), str(file))))
-    assert reds(both.features(Corner(), 8)) == [0, 1, 2, 3]
+    file.write_bytes(file.read_bytes().replace(b"\x89PNG", b"none", broken))
+    reference = Reference.of(spec, None)
+    if broken == 2:
+        assert reds(reference.features(Corner(), 8)) == [2, 3]
+        return
+    with pytest.raises(InputError, match="fewer than two pictures .* can be read; .*`mmbackdoor shards check`"):
+        reference.features(Corner(), 8)
