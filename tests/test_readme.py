@@ -69,9 +69,6 @@ def test_the_tables_of_speed_are_those_of_the_measured_rows(name):
 def page_of_study(name: str) -> tuple[str, set[int | None]]:
     """The tables that the lines in `recipes/results/NAME` make, and the seeds that they are of."""
     folder = ROOT / "recipes" / "results" / name
-    if (folder / removal_tuning.FILE_NAME).is_file():
-        trials = removal_tuning.read(folder)
-        return removal_tuning.table(trials).markdown(), {seed for one in trials for seed in one.seeds}
     if (folder / removal_benchmark.RUNS).is_file():
         return removal_benchmark.markdown(folder), {one.seed for one in removal_benchmark.read(folder)[0]}
     config = ROOT / "recipes" / "configs" / "benchmark_objectives" / f"{name}.yaml"
@@ -85,12 +82,24 @@ def page_of_study(name: str) -> tuple[str, set[int | None]]:
 def test_the_tables_of_a_study_are_those_of_its_lines(name):
     page, seeds = page_of_study(name)
     assert between(RECIPES, f"<!-- study: results/{name} -->", "<!-- /study -->") == page.strip(), "put in its table.md"
-    assert seeds >= {0, 1, 2} or seeds == {100, 101}, "those of a study, or those that it was tuned on"
+    assert seeds >= {0, 1, 2}
+
+
+def test_the_table_of_a_tuning_is_that_of_its_lines_and_they_are_all_trials():
+    config = ROOT / "recipes/configs/benchmark_removal/attention.yaml"
+    tuning = parse(recipe_files.load("benchmark_removal").Config, ["--config", str(config)]).tuning
+    trials = removal_tuning.read(ROOT / "recipes/results/attention")
+    shown = between(RECIPES, "<!-- tuning: results/attention -->", "<!-- /tuning -->")
+    assert shown == removal_tuning.table(trials).markdown().strip()
+    asked = [(name, settings) for name, every in tuning.trials.items() for settings in every]
+    assert [(one.removal, one.settings) for one in trials] == asked and len(asked) == 20
+    assert all(one.seeds == tuning.seeds and one.error is None for one in trials)
+    assert removal_tuning.with_winners(trials, tuning.rule) == trials
 
 
 def test_all_results_are_shown():
     there = {path.name for path in (ROOT / "recipes" / "results").iterdir()}
-    assert there == set(re.findall(r"<!-- (?:study|speed): results/(\S+) -->", RECIPES))
+    assert there == set(re.findall(r"<!-- (?:study|speed|tuning): results/(\S+) -->", RECIPES))
 
 
 def test_every_recipe_has_a_row_with_its_configs_and_a_smoke_config():

@@ -165,13 +165,13 @@ def table(trials: Sequence[TunedTrial]) -> Table | None:
             for value, low, high in (one.change.get(name, (0, 0, 0)) for name in ("clean", "triggered"))
         ]
         level = f"{scale * one.level:.{digits}f}"
-        rates = " / ".join(f"{100 * value:.1f}" for value in one.asr.values())
+        # Removals of other lengths end at other steps.
+        rates = ", ".join(f"{step}: {100 * value:.1f}" for step, value in one.asr.items())
         numbers = (rates, f"{one.asr_sum:.3f}", *changes, level) if one.error is None else ("–",) * 5
         mark = "broke off" if one.error else "winner" if one.winner else ""
         mark += "" if one.kept or one.error else ", over the budget" if mark else "over the budget"
         lines.append((f"{one.removal}, {one.trial}: {settings}", *numbers, f"{one.n:,}", mark))
     name = metric_name(metric)
     changes = [f"change of {name}, {condition}{', points' if unit else ''}" for condition in ("clean", "triggered")]
-    steps = next((" / ".join(one.asr) for one in trials if one.asr), "k")
-    header = ("removal, trial", f"ASR after {steps} steps, %", "ASR, summed (oracle)", *changes, f"{name}{unit}", "n", "")
+    header = ("removal, trial", "ASR after steps, %", "ASR, summed (oracle)", *changes, f"{name}{unit}", "n", "")
     return Table(header, tuple(lines))
