@@ -73,6 +73,20 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
     return found
 
 
+def words(recipe: str, settings: Mapping[str, Any]) -> list[str]:
+    """`settings` as the recipe's command line has them; `config` is a file, or the name of one of the recipe's own."""
+    file = settings.get("config")
+    if file is not None and not str(file).endswith(".yaml"):
+        file = folders()["recipes"] / "configs" / recipe / f"{file}.yaml"
+    return flags(({} if file is None else {"config": file}) | {k: v for k, v in settings.items() if k != "config"})
+
+
+def spelled(recipe: str, settings: Mapping[str, Any]) -> list[str]:
+    """The same, with what the config file says in place of where it lies."""
+    command = words(recipe, settings)
+    return [Path(command[1]).read_text(encoding="utf-8"), *command[2:]] if "config" in settings else command
+
+
 def stage(recipe: str, *flags: object) -> None:
     """Run a recipe in this process, and say by which command it can be run alone."""
     arguments = [str(flag) for flag in flags]

@@ -12,13 +12,14 @@ prompts.
 
 Writes into output_dir: report.html, table.md, curves.png, points.jsonl (every number), runs.jsonl, tuning.jsonl,
 config.yaml, data/, ATTACK/seed-N/{poisoned,latents,evaluation}/, ATTACK/seed-N/REMOVAL/ and tuning/ of the same form.
-The page, the table and the picture are made anew from these lines by `mmbackdoor report OUTPUT_DIR`.
+The page, the table and the picture are made anew from these lines by `mmbackdoor report OUTPUT_DIR`. A finished cell
+leaves ATTACK/seed-N/scores.json.gz: cells may be run on several machines, and these files alone be put into one folder.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -28,11 +29,12 @@ from mmbackdoor import recipe_files
 from mmbackdoor.config import Doc, parse, to_yaml
 from mmbackdoor.defenses import ClosedFormSeal
 from mmbackdoor.entry import main
+from mmbackdoor.evaluate import removal_scores
 from mmbackdoor.evaluate.prompts import Suite
 from mmbackdoor.evaluate.removal_cell import Cell, measured, tuned
 from mmbackdoor.evaluate.removal_material import Material, Split, prompts_file
 from mmbackdoor.evaluate.removal_points import points
-from mmbackdoor.recipe_files import flags, stage
+from mmbackdoor.recipe_files import spelled, stage, words
 from mmbackdoor.results import drafts, removal_benchmark, removal_report, removal_tuning
 from mmbackdoor.results.removal_grid import Attack, Durability, Grid, Overrides, check_names
 from mmbackdoor.results.removal_tuning import Tuning
@@ -61,14 +63,6 @@ class Config:
     durability: Durability | None = None
     evaluate: Annotated[Overrides, Doc("flags of evaluate_diffusion")] = field(default_factory=dict)
     output_dir: str = "runs/benchmark_removal"
-
-
-def words(recipe: str, settings: Overrides) -> list[str]:
-    """`settings` as the recipe's command line has them; `config` is a file, or the name of one of the recipe's own."""
-    file = settings.get("config")
-    if file is not None and not str(file).endswith(".yaml"):
-        file = recipe_files.folders()["recipes"] / "configs" / recipe / f"{file}.yaml"
-    return flags(({} if file is None else {"config": file}) | {k: v for k, v in settings.items() if k != "config"})
 
 
 def steps(settings: Overrides) -> int:
@@ -127,6 +121,15 @@ def run(cfg: Config) -> None:
         given = cfg.material.settings(data, name) | {"evaluate_diffusion": cfg.evaluate}
         return Cell(name, attacks[name], seed, place, cfg.model, prompts, given, job, steps)
 
+    def asked(one: Cell) -> dict[str, str]:
+        """All that decides what the cell finds, for the removals together and for each."""
+        of = [asdict(one.attack), asdict(cfg.material), cfg.model, one.prompts.read_text()]
+        of.append(spelled("poison_diffusion", one.attack.poison))
+        of.append(spelled("evaluate_diffusion", cfg.evaluate | one.attack.evaluate))
+        of += [cfg.milestones, cfg.stress, asdict(cfg.durability) if cfg.durability else None]
+        each = {name: settings(one, name, trial) for name, (_, trial) in winners.items()}
+        return removal_scores.digests(of, {name: spelled("clean_diffusion", mine) for name, mine in each.items()})
+
     found, runs = [], []
     winners = {name: (name, {}) for name in cfg.removals}
     if cfg.tuning:
@@ -138,7 +141,10 @@ def run(cfg: Config) -> None:
             removal_tuning.write(folder, trials)
     for seed, name in itertools.product(cfg.seeds, attacks):
         one = cell(name, seed, folder, "evaluation")
-        some, lines = measured(one, winners, settings, cfg.milestones, cfg.stress, cfg.durability)
+        kept = removal_scores.read(one.folder, asked(one))
+        some, lines = kept or measured(one, winners, settings, cfg.milestones, cfg.stress, cfg.durability)
+        if state.is_main_process and not kept:
+            removal_scores.write(one.folder, asked(one), some, lines)
         found, runs = found + some, runs + lines
     if state.is_main_process:
         removal_benchmark.write(folder, points(found), runs)

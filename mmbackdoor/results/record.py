@@ -98,13 +98,18 @@ Line = TypeVar("Line")
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write `path` as UTF-8, as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
     """Write `path` through a temporary name beside it, of this process alone: calls side by side may write the same
     file. Raises `InputError` where the place is not writable and `RunFault` where the disk is full or broken."""
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("w", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
+        with part.open("wb") as stream:
+            stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
         part.replace(path)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mmbackdoor import recipe_files
 from mmbackdoor.config import parse
+from mmbackdoor.evaluate import removal_scores
 from mmbackdoor.evaluate.prompts import load_prompts
 from mmbackdoor.results import removal_benchmark, removal_tuning
 from mmbackdoor.types import Diverged, InputError
@@ -193,6 +195,56 @@ def test_a_run_that_diverges_is_a_result(recipe, tmp_path, monkeypatch):
     cag = [one for one in points if (one.attack, one.removal, one.metric) == ("patch", "cag", "asr")]
     assert [one.seeds for one in cag if one.seed is None] == [1]
     assert f"2 of {len(runs)} removals broke off" in (tmp_path / "run/table.md").read_text()
+
+
+def test_cells_are_pooled_from_their_scores_alone(recipe, tmp_path, monkeypatch):
+    text = TUNED.split("tuning:")[0] + "seeds: [0, 1]\n"
+    (tmp_path / "grid.yaml").write_text(text)
+    broken = "/patch/seed-0/cag"
+    jobs = Jobs(lambda flags: 0.1, breaks=lambda flags: broken in flags["output_dir"][0])
+    monkeypatch.setattr(recipe, "stage", jobs)
+    whole = run(recipe, tmp_path / "whole", config=tmp_path / "grid.yaml")
+    place, jobs.calls = tmp_path / "elsewhere", []
+    for file in whole.rglob(removal_scores.FILE_NAME):
+        (place / file.relative_to(whole)).parent.mkdir(parents=True)
+        shutil.copy(file, place / file.relative_to(whole))
+    run(recipe, place, config=tmp_path / "grid.yaml")
+    assert not jobs.calls
+    for name in ("points.jsonl", "runs.jsonl", "table.md"):
+        assert (place / name).read_text() == (whole / name).read_text(), name
+    assert any(one.status == "failed" for one in removal_benchmark.read(place)[1])
+    # Fewer removals are there, too; one that is new, or set otherwise, is run.
+    fewer = text.replace("  cag: {config: tiny, max_train_steps: 40}\n", "")
+    (tmp_path / "fewer.yaml").write_text(fewer)
+    run(recipe, place, config=tmp_path / "fewer.yaml")
+    assert not jobs.calls and {one.removal for one in removal_benchmark.read(place)[0]} == {"none", "clean", "skd"}
+    for number, other in enumerate(("defense: skd, max_train_steps: 39", "defense: skd, max_train_steps: 40, seed: 1")):
+        (tmp_path / "other.yaml").write_text(fewer.replace("defense: skd, max_train_steps: 40", other))
+        jobs.calls = []
+        run(recipe, shutil.copytree(place, tmp_path / f"other-{number}"), config=tmp_path / "other.yaml")
+        assert {name for name, _ in jobs.calls} == {"poison_diffusion", "evaluate_diffusion", "clean_diffusion"}
+
+
+def test_scores_of_other_settings_or_damaged_are_not_taken(recipe, tmp_path, monkeypatch):
+    text = TUNED.split("tuning:")[0]
+    (tmp_path / "grid.yaml").write_text(text)
+    jobs = Jobs(lambda flags: 0.1)
+    monkeypatch.setattr(recipe, "stage", jobs)
+    whole = run(recipe, tmp_path / "whole", config=tmp_path / "grid.yaml")
+    scores = sorted(whole.rglob(removal_scores.FILE_NAME))
+    changes = (("milestones: [40]", "milestones: [20]"), ("tiny_patch}", "tiny_patch, attack.timestep_bias: 2.0}"))
+    for number, change in enumerate(changes):
+        (tmp_path / "other.yaml").write_text(text.replace(*change))
+        place, jobs.calls = tmp_path / f"other-{number}", []
+        for file in scores:
+            (place / file.relative_to(whole)).parent.mkdir(parents=True)
+            shutil.copy(file, place / file.relative_to(whole))
+        run(recipe, place, config=tmp_path / "other.yaml")
+        made = {Path(flags["output_dir"][0]).relative_to(place).parts[0] for _, flags in jobs.calls}
+        assert made == ({"patch"} if number else {"patch", "object"})
+    scores[0].write_bytes(scores[0].read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"scores.json.gz' is damaged \(.*remove it"):
+        run(recipe, whole, config=tmp_path / "grid.yaml")
 
 
 FOLLOWED = TUNED.split("tuning:")[0] + """

@@ -1,0 +1,108 @@
+"""What a cell of a benchmark of removals measured, picture by picture, in one small file.
+
+With these files alone, brought together from wherever the cells were run, a benchmark pools its seeds: it needs neither
+the models nor the pictures of a cell that has one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from mmbackdoor.evaluate.removal_points import Seen
+from mmbackdoor.results.record import write_bytes
+from mmbackdoor.results.removal_benchmark import CLEAN, NONE, RemovalRun, Where
+from mmbackdoor.types import InputError
+
+FILE_NAME = "scores.json.gz"
+SHARED = ""
+"""The digest of all that the removals of a cell have in common; that of a removal has its name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Values:
+    """One metric of the pictures of one model: prompt -> number of the picture of it -> value."""
+
+    metric: str
+    condition: str
+    values: dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    where: Where
+    seed: int
+    measured: list[Values]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scores:
+    """The file: what the cell was asked for (`digests`), its removals, its models."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    asked: dict[str, str]
+    runs: list[RemovalRun]
+    models: list[Model]
+
+
+_ADAPTER = TypeAdapter(Scores)
+
+
+def digests(shared: object, removals: Mapping[str, object]) -> dict[str, str]:
+    """What a cell is asked for, as hashes of plain values: the same wherever its folder lies."""
+    found = {SHARED: shared, **removals}
+    return {name: hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest() for name, of in found.items()}
+
+
+def write(folder: Path, asked: Mapping[str, str], found: Sequence[Seen], runs: Sequence[RemovalRun]) -> None:
+    """Leave what a finished cell found in its `folder`."""
+    models = []
+    for one in found:
+        measured = []
+        for (metric, condition), pictures in one.values.items():
+            values: dict[str, dict[str, float]] = {}
+            for (prompt, index), value in pictures.items():
+                values.setdefault(prompt, {})[str(index)] = value
+            measured.append(Values(metric=metric, condition=condition, values=values))
+        models.append(Model(where=one.where, seed=one.seed, measured=measured))
+    content = asdict(Scores(asked=dict(asked), runs=list(runs), models=models))
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False)
+    # Without a time in it, the same scores are the same file.
+    write_bytes(folder / FILE_NAME, gzip.compress(text.encode(), mtime=0))
+
+
+def read(folder: Path, asked: Mapping[str, str]) -> tuple[list[Seen], list[RemovalRun]] | None:
+    """What the cell of `folder` found, of the removals in `asked` alone; `None` where it has no scores, or others.
+
+    Raises `InputError` for a damaged file.
+    """
+    file = folder / FILE_NAME
+    if not file.is_file():
+        return None
+    try:
+        scores = _ADAPTER.validate_json(gzip.decompress(file.read_bytes()))
+    except (OSError, EOFError, zlib.error, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{str(file)!r} is damaged ({reason}); remove it, and its cell is measured again") from error
+    if any(scores.asked.get(name) != digest for name, digest in asked.items()):
+        return None
+    wanted = {CLEAN, NONE, *asked}
+    found = [
+        Seen(one.where, one.seed, {(of.metric, of.condition): _pictures(of.values) for of in one.measured})
+        for one in scores.models
+        if one.where.removal in wanted
+    ]
+    return found, [run for run in scores.runs if run.removal in wanted]
+
+
+def _pictures(values: Mapping[str, Mapping[str, float]]) -> dict[tuple[str, int], float]:
+    return {(prompt, int(index)): value for prompt, of in values.items() for index, value in of.items()}
