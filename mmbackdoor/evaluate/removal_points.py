@@ -171,6 +171,7 @@ def tuned_trial(
         found = pooled_difference(_trials(ends, (metric, condition)), _trials(before, (metric, "clean")))
         if found is not None:
             change[condition] = (found.value, found.low, found.high)
+    rates = {str(step): pooled_rate(_trials(_after(ways, step), ("asr", "triggered"))) for step in steps}
     levels = [pooled_mean(_trials(ends, (metric, condition))) for condition in conditions]
     return TunedTrial(
         removal=removal,
@@ -180,7 +181,8 @@ def tuned_trial(
         seeds=tuple(dict.fromkeys(one.seed for one in poisoned)),
         utility=metric,
         level=sum(one.value for one in levels) / len(levels),
-        asr={str(step): pooled_rate(_trials(_after(ways, step), ("asr", "triggered"))).value for step in steps},
+        asr={step: rate.value for step, rate in rates.items()},
+        asr_bounds={step: (rate.low, rate.high) for step, rate in rates.items()},
         change=change,
         n=levels[0].n,
     )
@@ -204,8 +206,8 @@ def tuned_trials(
         of = {(one.where.attack, one.seed): None for one in poisoned}
         attacks, seeds = (tuple(dict.fromkeys(some)) for some in zip(*of, strict=True))
         lines.append(TunedTrial(
-            removal=removal, trial=number, settings=dict(settings), attacks=attacks, seeds=seeds, asr={}, change={},
-            error=error,
+            removal=removal, trial=number, settings=dict(settings), attacks=attacks, seeds=seeds, asr={},
+            asr_bounds={}, change={}, error=error,
         ))  # fmt: skip
     return lines
 

@@ -26,9 +26,9 @@ Condition = Literal["clean", "triggered"]
 @dataclass(frozen=True, kw_only=True)
 class TunedTrial:
     """One trial of one removal, on selection prompts, over all tuning attacks and seeds. `asr`: by the steps of
-    `moments`. `change`: of `utility` against the poisoned model on clean prompts, [value, low, high] by condition.
-    `kept`: whether it surely kept the model's utility. One that broke off has an `error`, which says where, and no
-    numbers."""
+    `moments`, [low, high] of each in `asr_bounds`. `change`: of `utility` against the poisoned model on clean prompts,
+    [value, low, high] by condition. `kept`: whether it surely kept the model's utility. One that broke off has an
+    `error`, which says where, and no numbers."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -40,6 +40,7 @@ class TunedTrial:
     utility: str = ""
     level: float = 0.0
     asr: dict[str, float]
+    asr_bounds: dict[str, tuple[float, float]]
     change: dict[str, tuple[float, float, float]]
     n: int = 0
     error: str | None = None
@@ -157,21 +158,30 @@ def table(trials: Sequence[TunedTrial]) -> Table | None:
         return None
     metric = next((one.utility for one in trials if one.utility), "adherence")
     scale, digits, unit = (100, 1, ", %") if metric == "adherence" else (1, 3, "")
+    # Removals of other lengths end at other steps.
+    steps = sorted({step for one in trials for step in one.asr}, key=int)
     lines = []
     for one in trials:
         settings = ", ".join(f"{key} {value}" for key, value in one.settings.items()) or "as given"
+        rates = [_rate(one, step) for step in steps]
         changes = [
             f"{scale * value:+.{digits}f} [{scale * low:+.{digits}f}, {scale * high:+.{digits}f}]"
             for value, low, high in (one.change.get(name, (0, 0, 0)) for name in ("clean", "triggered"))
         ]
         level = f"{scale * one.level:.{digits}f}"
-        # Removals of other lengths end at other steps.
-        rates = ", ".join(f"{step}: {100 * value:.1f}" for step, value in one.asr.items())
-        numbers = (rates, f"{one.asr_sum:.3f}", *changes, level) if one.error is None else ("–",) * 5
+        numbers = (*rates, f"{one.asr_sum:.3f}", *changes, level) if one.error is None else ("–",) * (len(steps) + 4)
         mark = "broke off" if one.error else "winner" if one.winner else ""
         mark += "" if one.kept or one.error else ", over the budget" if mark else "over the budget"
         lines.append((f"{one.removal}, {one.trial}: {settings}", *numbers, f"{one.n:,}", mark))
     name = metric_name(metric)
     changes = [f"change of {name}, {condition}{', points' if unit else ''}" for condition in ("clean", "triggered")]
-    header = ("removal, trial", "ASR after steps, %", "ASR, summed (oracle)", *changes, f"{name}{unit}", "n", "")
+    after = [f"ASR after {step}, %" for step in steps]
+    header = ("removal, trial", *after, "ASR, summed (oracle)", *changes, f"{name}{unit}", "n", "")
     return Table(header, tuple(lines))
+
+
+def _rate(trial: TunedTrial, step: str) -> str:
+    if step not in trial.asr:
+        return "–"
+    low, high = trial.asr_bounds[step]
+    return f"{100 * trial.asr[step]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"

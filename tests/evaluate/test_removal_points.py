@@ -38,6 +38,8 @@ def test_each_attack_counts_to_its_own_end():
     [line] = tuned([({}, found, None)], milestones=[10])
     # At 60 steps the patch attack's model still is what it was at 40.
     assert line.asr == {"10": 0.75, "60": pytest.approx(0.2)}
+    assert all(low < line.asr[step] < high for step, (low, high) in line.asr_bounds.items())
+    assert line.asr_bounds.keys() == line.asr.keys()
     assert line.n == 2 * N and line.attacks == ("patch", "object") and line.change["clean"][0] == 0
 
 

@@ -90,7 +90,8 @@ def test_intervals_hold_their_value_and_know_no_order(seeds, repeats, random):
 def trial(number: int, asr: float, low: float, level: float = 0.9, **more: object) -> TunedTrial:
     change = {name: (low + 0.02, low, low + 0.04) for name in ("clean", "triggered")}
     facts = {"removal": "skd", "trial": number, "settings": {}, "attacks": ("patch",), "seeds": (9,), "n": 40}
-    return TunedTrial(**facts | {"utility": "adherence", "level": level, "asr": {"5": asr}, "change": change} | more)
+    facts |= {"utility": "adherence", "level": level, "asr": {"5": asr}, "asr_bounds": {"5": (0.0, 0.6)}}
+    return TunedTrial(**facts | {"change": change} | more)
 
 
 def test_the_rule_takes_the_lowest_asr_of_those_that_kept_the_model():
@@ -298,12 +299,20 @@ def test_lines_of_runs_from_before_there_were_situations_are_read(tmp_path):
 def test_the_table_of_tuning_has_the_scale_of_what_was_measured():
     adherence = removal_tuning.table([trial(0, 0.5, -0.02)])
     assert adherence.header[1:6] == (
-        "ASR after steps, %", "ASR, summed (oracle)", "change of adherence, clean, points",
+        "ASR after 5, %", "ASR, summed (oracle)", "change of adherence, clean, points",
         "change of adherence, triggered, points", "adherence, %",
     )  # fmt: skip
-    assert (adherence.rows[0][1], *adherence.rows[0][3:6]) == ("5: 50.0", "+0.0 [-2.0, +2.0]", "+0.0 [-2.0, +2.0]", "90.0")
-    longer = removal_tuning.table([trial(0, 0.5, -0.02), replace(trial(1, 0.5, -0.02), asr={"5": 0.4, "200": 0.0})])
-    assert [row[1] for row in longer.rows] == ["5: 50.0", "5: 40.0, 200: 0.0"]
+    kept = "+0.0 [-2.0, +2.0]"
+    assert (adherence.rows[0][1], *adherence.rows[0][3:6]) == ("50.0 [0.0, 60.0]", kept, kept, "90.0")
+    long = replace(
+        trial(1, 0.5, -0.02), asr={"5": 0.4, "200": 0.0}, asr_bounds={"5": (0.3, 0.5), "200": (0.0, 0.1)}
+    )
+    broken = replace(trial(2, 0, 0, error="nan"), asr={}, asr_bounds={})
+    longer = removal_tuning.table([trial(0, 0.5, -0.02), long, broken])
+    assert longer.header[1:3] == ("ASR after 5, %", "ASR after 200, %")
+    assert [row[1:3] for row in longer.rows] == [
+        ("50.0 [0.0, 60.0]", "–"), ("40.0 [30.0, 50.0]", "0.0 [0.0, 10.0]"), ("–", "–")
+    ]  # fmt: skip
     scores = removal_tuning.table([trial(0, 0.5, -0.02, 0.31, utility="clip_score"), trial(1, 0, 0, error="nan")])
     assert scores.header[3:6] == ("change of CLIP score, clean", "change of CLIP score, triggered", "CLIP score")
     assert scores.rows[0][3:6] == ("+0.000 [-0.020, +0.020]", "+0.000 [-0.020, +0.020]", "0.310")
@@ -320,7 +329,7 @@ def test_the_page_and_the_rest_come_from_the_lines_alone(tmp_path, capsys):
     assert not re.search(r"(src|href)=\"(?!data:)", page) and "<script" not in page and "&lt;b&gt;" in page
     assert "skd on patch: removed: trigger fired 0 of 600" in page and "at least -7 points" in page
     assert (tmp_path / "table.md").read_text().count("| patch, skd |") == 4
-    assert "| skd, 1: as given | 5: 10.0 | 0.100 |" in (tmp_path / "table.md").read_text()
+    assert "| skd, 1: as given | 10.0 [0.0, 60.0] | 0.100 |" in (tmp_path / "table.md").read_text()
     assert not list(tmp_path.glob("*.part"))
     for name in ("report.html", "table.md", "curves.png"):
         (tmp_path / name).unlink()
