@@ -1,9 +1,10 @@
 """Rates, means and paired differences of pictures that share prompts and seeds of a benchmark, with 95 % intervals.
 
-A seed of a benchmark is a poisoning, a removal and an evaluation of its own; a prompt is one cluster in each of them.
-With few seeds that differ, clusters alone read surer than they are: intervals are widened by a bootstrap that draws
-whole seeds first, and then prompts within each. What never or hardly ever happened no bootstrap can draw: there counts
-how many different prompts were tried, since more seeds of the same ones say little about others.
+A seed of a benchmark is a poisoning, a removal and an evaluation of its own; all seeds are measured on the same prompts.
+So neither more seeds of the same prompts nor more prompts for the same seeds are as many trials: a prompt with its
+pictures of all seeds is one cluster, and intervals are widened by a bootstrap that draws whole seeds as well as whole
+prompts, the same prompts for every seed that it draws (Owen 2007, "The pigeonhole bootstrap", doi 10.1214/07-AOAS122; it
+errs on the wide side).
 """
 
 from __future__ import annotations
@@ -13,14 +14,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from mmbackdoor.evaluate.metrics.intervals import (
-    FEW,
-    Interval,
-    bootstrap_over_prompts,
-    paired_difference,
-    rate,
-    wilson,
-)
+from mmbackdoor.evaluate.metrics.intervals import Interval, bootstrap_over_prompts, paired_difference, rate
 from mmbackdoor.seeding import numpy_rng
 
 DRAWS = 1000
@@ -32,22 +26,11 @@ Trials = Mapping[Trial, float]
 def pooled_rate(trials: Trials) -> Interval:
     """The share of ones among `trials` (at least one). With no or only ones: Wilson on the number of different prompts;
     with few prompts of the rarer outcome, nothing narrower than that, so that one hit never reads better than none."""
-    found = rate(list(trials.values()), _clusters(trials))
-    rarer = 1.0 if found.value < 0.5 else 0.0
-    few = len({prompt for (_, prompt, _), value in trials.items() if value == rarer}) < FEW
-    prompts = len(_prompts(trials))
-    # Of one seed's prompts all this has been done.
-    if few and prompts < found.n_prompts:
-        careful = wilson(found.value * prompts, prompts)
-        low, high = min(careful.low, found.low), max(careful.high, found.high)
-        never = found.value in (0.0, 1.0)
-        method = "wilson on prompts" if never else f"{found.method}, widened by wilson on prompts"
-        found = replace(found, low=low, high=high, method=method)
-    return _widened(found, trials)
+    return _widened(rate(list(trials.values()), _prompts(trials)), trials)
 
 
 def pooled_mean(trials: Trials) -> Interval:
-    return _widened(bootstrap_over_prompts(list(trials.values()), _clusters(trials)), trials)
+    return _widened(bootstrap_over_prompts(list(trials.values()), _prompts(trials)), trials)
 
 
 def pooled_difference(now: Trials, was: Trials) -> Interval | None:
@@ -55,39 +38,30 @@ def pooled_difference(now: Trials, was: Trials) -> Interval | None:
     both = {trial: now[trial] - was[trial] for trial in now if trial in was}
     if not both:
         return None
-    found = paired_difference([now[trial] for trial in both], [was[trial] for trial in both], _clusters(both))
+    found = paired_difference([now[trial] for trial in both], [was[trial] for trial in both], _prompts(both))
     return _widened(found, both)
 
 
-def _prompts(trials: Trials) -> set[str]:
-    return {prompt for _, prompt, _ in trials}
-
-
-def _clusters(trials: Trials) -> list[str]:
-    return [f"{seed} {prompt}" for seed, prompt, _ in trials]
+def _prompts(trials: Trials) -> list[str]:
+    return [prompt for _, prompt, _ in trials]
 
 
 def _widened(found: Interval, trials: Trials) -> Interval:
-    found = replace(found, n_prompts=len(_prompts(trials)))
-    seeds = sorted({seed for seed, _, _ in trials})
+    seeds, of_seed = np.unique([seed for seed, _, _ in trials], return_inverse=True)
     if len(seeds) < 2:
         return found
+    prompts, of_prompt = np.unique(_prompts(trials), return_inverse=True)
+    sums, counts = np.zeros((2, len(seeds), len(prompts)))
+    np.add.at(sums, (of_seed, of_prompt), list(trials.values()))
+    np.add.at(counts, (of_seed, of_prompt), 1)
     rng = numpy_rng(0, "pooled over seeds")
-    drawn = np.stack([_draws({key: value for key, value in trials.items() if key[0] == seed}, rng) for seed in seeds])
-    chosen = rng.integers(len(seeds), size=(DRAWS, len(seeds)))
-    # A seed that is drawn twice brings two draws of its prompts.
-    rows = (np.arange(DRAWS)[:, None] + np.arange(len(seeds)) * (DRAWS // len(seeds))) % DRAWS
-    totals = drawn[chosen, rows].sum(1)
-    low, high = np.quantile(totals[:, 0] / totals[:, 1], [0.025, 0.975])
+    # (DRAWS, seeds) and (DRAWS, prompts): how often each is drawn.
+    seed_weights = rng.multinomial(len(seeds), np.full(len(seeds), 1 / len(seeds)), DRAWS)
+    prompt_weights = rng.multinomial(len(prompts), np.full(len(prompts), 1 / len(prompts)), DRAWS)
+    totals, sizes = (np.einsum("ds,sp,dp->d", seed_weights, of, prompt_weights) for of in (sums, counts))
+    # Seeds that were measured on prompts of their own can be drawn without any of them.
+    low, high = np.quantile(totals[sizes > 0] / sizes[sizes > 0], [0.025, 0.975])
     if low >= found.low and high <= found.high:
         return found
     method = f"{found.method}, widened by a bootstrap over seeds"
     return replace(found, low=min(float(low), found.low), high=max(float(high), found.high), method=method)
-
-
-def _draws(trials: Trials, rng: np.random.Generator) -> np.ndarray:
-    """(DRAWS, 2) sums and counts of one seed's values under draws of its prompts."""
-    prompts, index = np.unique([prompt for _, prompt, _ in sorted(trials)], return_inverse=True)
-    values = np.array([trials[trial] for trial in sorted(trials)], np.float64)
-    each = np.stack([np.bincount(index, weights=values), np.bincount(index)], 1)
-    return each[rng.integers(len(prompts), size=(DRAWS, len(prompts)))].sum(1)

@@ -21,6 +21,7 @@ from mmbackdoor.results.removal_curves import curve, curves
 from mmbackdoor.results.removal_grid import Attack, check_names, milestones_of
 from mmbackdoor.results.removal_pooling import pooled_difference, pooled_mean, pooled_rate
 from mmbackdoor.results.removal_tuning import LowestASR, TunedTrial, Tuning, moments, with_winners
+from mmbackdoor.seeding import numpy_rng
 from mmbackdoor.types import InputError
 
 
@@ -34,10 +35,13 @@ def test_one_seed_is_an_evaluation_of_its_own():
     assert pooled_rate(one) == rate(list(one.values()), [prompt for _, prompt, _ in one])
 
 
-def test_seeds_that_agree_are_as_many_trials_and_seeds_that_differ_are_not():
+def test_seeds_are_more_trials_where_their_prompts_differ_alone():
     same, apart = pooled_rate(trials(20, 20, 20)), pooled_rate(trials(0, 0, 60))
     assert same.value == apart.value == pytest.approx(1 / 3) and (same.n, same.n_prompts) == (180, 60)
-    assert same.width < 0.16
+    # The same 20 prompts fire in every seed: nothing is known of more than 60 prompts.
+    assert same.width > 0.95 * wilson(20, 60).width
+    own = {(seed, f"{seed} {prompt}", k): value for (seed, prompt, k), value in trials(20, 20, 20).items()}
+    assert pooled_rate(own).width < 0.8 * same.width, "each seed its own prompts"
     # Two of three seeds are clean: one that is drawn three times makes everything fire, or nothing.
     assert apart.low == 0 and apart.high > 0.9 and "seeds" in apart.method
 
@@ -51,6 +55,27 @@ def test_no_hit_in_any_seed_is_as_sure_as_its_different_prompts():
     assert pooled_rate(other).high == pytest.approx(wilson(0, 180).high), "each seed its own prompts"
 
 
+def test_a_change_is_no_surer_for_being_seen_in_more_seeds_of_the_same_prompts():
+    was = trials(*[50] * 5, n=50)
+    now = {key: value * (key[1] != "p0") for key, value in was.items()}
+    for after in (now, was):
+        every = pooled_difference(after, was)
+        first = pooled_difference(*({key: of[key] for key in of if key[0] == "0"} for of in (after, was)))
+        assert (every.value, every.n, every.n_prompts) == (pytest.approx(first.value), 250, 50)
+        assert (every.low, every.high) == pytest.approx((first.low, first.high)) and every.high > 0
+
+
+def test_intervals_of_crossed_seeds_and_prompts_hold_the_truth_often_enough():
+    rng, held, n = numpy_rng(3, "coverage"), 0, 60
+    for _ in range(n):
+        prompts, seeds = rng.normal(0, 0.15, 40), rng.normal(0, 0.05, 4)
+        chance = np.clip(0.5 + prompts[None] + seeds[:, None], 0, 1)
+        values = rng.random(chance.shape) < chance
+        found = pooled_rate({(str(s), f"p{k}", 0): float(values[s, k]) for s in range(4) for k in range(40)})
+        held += found.low <= 0.5 <= found.high
+    assert held >= 0.9 * n
+
+
 def test_one_hit_never_reads_better_than_none():
     none, one, two = (pooled_rate(trials(*hits)) for hits in ((0, 0, 0), (1, 0, 0), (1, 1, 0)))
     assert none.high < one.high <= two.high and one.low == 0
@@ -59,7 +84,7 @@ def test_one_hit_never_reads_better_than_none():
 def test_differences_are_paired_by_seed_and_prompt():
     was, now = trials(50, 30), trials(48, 28)
     found = pooled_difference(now, was)
-    assert found.value == pytest.approx(-4 / 120) and found.low < -4 / 120 < found.high <= 0.02
+    assert found.value == pytest.approx(-4 / 120) and found.low < -4 / 120 < found.high <= 0.025
     shifted = {(f"other {seed}", prompt, k): value for (seed, prompt, k), value in was.items()}
     assert pooled_difference(now, shifted) is None
     assert pooled_difference(now, now).value == 0
