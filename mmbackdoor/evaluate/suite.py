@@ -79,5 +79,5 @@ def evaluate_models(
     origin = {"run_id": run_id, "seed": sampling.seed}
     far = None
     if judge is not None and reference is not None:
-        far = reference.name, reference.features(judge.judge, resolution)
+        far = reference.name, reference.features(judge.judge, resolution), None
     return summarise(scored, facts, made, suite, backdoor, judge=judge, reference=far, **origin)

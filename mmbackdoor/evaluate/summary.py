@@ -16,7 +16,7 @@ from mmbackdoor.evaluate.metrics import clip_score
 from mmbackdoor.evaluate.metrics.clip_score import NamedJudge
 from mmbackdoor.evaluate.metrics.effect import trigger_effect
 from mmbackdoor.evaluate.metrics.intervals import Interval, bootstrap_over_prompts, paired_difference, rate
-from mmbackdoor.evaluate.metrics.kid import frechet, frechet_name, kid_interval
+from mmbackdoor.evaluate.metrics.kid import frechet, frechet_name, kid, kid_interval
 from mmbackdoor.evaluate.prompts import Suite
 from mmbackdoor.evaluate.scoring import Scored
 from mmbackdoor.results.record import Record
@@ -39,6 +39,10 @@ RATES = ("asr", "adherence")
 MEANS = {"clip_score": "cosine", "restoration": "similarity", "restoration_features": "cosine"}
 
 
+Far = tuple[str, torch.Tensor, list[str] | None]
+"""Pictures for KID: their name, the judge's features (N, D), and the prompt of each where they were drawn for some."""
+
+
 def _values(pictures: Sequence[Picture], metric: str) -> dict[tuple[str, int], float]:
     """Score by (prompt, seed) where the picture counts."""
     return {(str(p.prompt_id), p.seed_index): v for p in pictures if (v := p.score(metric)) is not None}
@@ -54,10 +58,10 @@ def summarise(
     run_id: str,
     seed: int,
     judge: NamedJudge | None,
-    reference: tuple[str, torch.Tensor] | None,
+    reference: Far | None,
 ) -> list[Record]:
-    """All records of an evaluation, with what was not measured and the warnings in the notes. `reference`: the name and
-    the judge's features (N, D) of pictures for KID; by default the clean pictures of the model before cleaning."""
+    """All records of an evaluation, with what was not measured and the warnings in the notes. `reference`: what KID is
+    measured to; by default the clean pictures of the model before cleaning."""
     compared = before(facts)
     far = reference or _reference(scored, compared, judge)
     records: list[Record] = []
@@ -171,30 +175,33 @@ def _described(mine: Scored, conditions: Sequence[str], prompts: Sequence[str]) 
     return torch.cat(parts, -1)
 
 
-def _reference(
-    scored: Mapping[str, Scored],
-    before: str | None,
-    judge: NamedJudge | None,
-) -> tuple[str, torch.Tensor] | None:
+def _reference(scored: Mapping[str, Scored], before: str | None, judge: NamedJudge | None) -> Far | None:
     if judge is None or before is None:
         return None
-    return f"clean pictures of {before}", _clean_features(scored[before])
+    return (f"clean pictures of {before}", *_clean_features(scored[before]))
 
 
-def _clean_features(mine: Scored) -> torch.Tensor:
-    return torch.stack([row for key, row in sorted(mine.features.items()) if key[0] == "clean"])
+def _clean_features(mine: Scored) -> tuple[torch.Tensor, list[str]]:
+    """The judge's features (N, D) of the clean pictures, and the prompt of each."""
+    keys = sorted(key for key in mine.features if key[0] == "clean")
+    return torch.stack([mine.features[key] for key in keys]), [key[1] for key in keys]
 
 
-def _distances(maker: Maker, mine: Scored, far: tuple[str, torch.Tensor], judge: NamedJudge | None) -> list[Record]:
-    rows = _clean_features(mine)
-    if judge is None or min(len(rows), len(far[1])) < 2:
+def _distances(maker: Maker, mine: Scored, far: Far, judge: NamedJudge | None) -> list[Record]:
+    name, reference, reference_prompts = far
+    rows, prompts = _clean_features(mine)
+    counts = [len(set(prompts)), len(set(reference_prompts)) if reference_prompts else len(reference)]
+    if judge is None or min(counts) < 2:
         return []
-    notes = {"features": judge.name, "reference": far[0], "n_reference": len(far[1])}
-    found = kid_interval(rows, far[1], maker.seed)
-    n_prompts = len({picture.prompt_id for picture in mine.of("clean")})
-    records = [maker.record("kid", "clean", replace(found, n_prompts=n_prompts), "squared MMD", dict(notes))]
-    if min(len(rows), len(far[1])) <= rows.shape[1]:
+    notes = {"features": judge.name, "reference": name, "n_reference": len(reference)}
+    found = kid_interval(rows, reference, maker.seed, prompts, reference_prompts)
+    if found is not None:
+        records = [maker.record("kid", "clean", found, "squared MMD", dict(notes))]
+    else:
+        value = kid(rows, reference, prompts, reference_prompts)
+        records = [maker.point("kid", "clean", value, len(rows), "squared MMD", dict(notes))]
+    if min(len(rows), len(reference)) <= rows.shape[1]:
         notes["warnings"] = [f"the Frechet distance of {len(rows)} pictures in {rows.shape[1]} dimensions is too large"]
-    value = frechet(rows, far[1])
-    single = maker.point(frechet_name(judge.name), "clean", value, len(rows), "distance", notes)
-    return [*records, replace(single, n_prompts=n_prompts)]
+    value = frechet(rows, reference)
+    records.append(maker.point(frechet_name(judge.name), "clean", value, len(rows), "distance", notes))
+    return [replace(record, n_prompts=counts[0]) for record in records]

@@ -15,12 +15,10 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from mmbackdoor.config import Doc
+from mmbackdoor.evaluate.metrics.intervals import student_t
 
 ASR_LEVELS = (0.05, 0.10, 0.20)
 LOSSES = (0.01, 0.02, 0.05)
-# Student's t, 97.5 %, for 1 to 30 degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -194,5 +192,5 @@ def over_seeds(values: Sequence[float | None]) -> OverSeeds:
         return OverSeeds(found[0] if found else None, None, None, len(found), len(values))
     mean = fmean(found)
     degrees = len(found) - 1
-    half = (_T[degrees - 1] if degrees <= len(_T) else 1.96) * stdev(found) / math.sqrt(len(found))
+    half = student_t(degrees) * stdev(found) / math.sqrt(len(found))
     return OverSeeds(mean, mean - half, mean + half, len(found), len(values))

@@ -14,6 +14,8 @@ FEW = 10
 """Below this many prompts with the rarer outcome a bootstrap is too narrow: it cannot draw what it has not seen."""
 DRAWS = 2000
 AT_ONCE = 2**23
+_STUDENT_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
+      2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,11 @@ class Interval:
 
 def _z(confidence: float) -> float:
     return NormalDist().inv_cdf(0.5 + confidence / 2)
+
+
+def student_t(degrees: int) -> float:
+    """The 97.5 % quantile of Student's t with so many degrees of freedom (at least one)."""
+    return _STUDENT_T[degrees - 1] if degrees <= len(_STUDENT_T) else 1.96
 
 
 def wilson(hits: float, n: int, confidence: float = 0.95) -> Interval:

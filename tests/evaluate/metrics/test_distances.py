@@ -33,14 +33,37 @@ def test_kid_equals_its_definition():
         kid(x[:1], y)
 
 
-def test_kid_interval_covers_no_difference():
-    covered = 0
-    for k in range(40):
-        interval = kid_interval(normal(400, seed=2 * k), normal(400, seed=2 * k + 1), seed=k)
-        covered += interval.low <= 0 <= interval.high
-    assert covered >= 32
+def test_pairs_of_one_prompt_tell_nothing():
+    x, asked = normal(40), [f"p{k // 2}" for k in range(40)]
+    # Every picture drawn a second time, so nearly the same: alike for its latents, not for its model.
+    again = x + normal(40, seed=1, scale=0.01)
+    assert kid(x, again) < -0.02
+    alike = kid(x, again, asked, asked)
+    assert abs(alike) < 1e-3 < abs(kid(x, again)) / 20
+    order = torch.randperm(40, generator=torch.Generator().manual_seed(0)).tolist()
+    assert kid(x, again[order], asked, [asked[k] for k in order]) == pytest.approx(alike)
+    with pytest.raises(ValueError, match="different prompts"):
+        kid(x, again, ["p"] * 40, asked)
+
+
+@pytest.mark.parametrize("size", [60, 200])
+def test_kid_interval_holds_the_truth_as_often_as_it_says(size):
+    held, n = 0, 60
+    # Several thousand pictures of each distribution tell what KID is.
+    truth = np.mean([kid(normal(1500, seed=10**6 + k), normal(1500, shift=0.15, seed=10**7 + k)) for k in range(4)])
+    for k in range(n):
+        interval = kid_interval(normal(size, seed=2 * k), normal(size, shift=0.15, seed=2 * k + 1), seed=k)
+        held += interval.low <= truth <= interval.high
+    assert held >= 0.9 * n
     far = kid_interval(normal(400), normal(400, shift=0.5, seed=1))
-    assert far.low > 0 and far.n == 400 and "8 blocks" in far.method
+    assert far.low > 0 and (far.n, far.n_prompts) == (400, 400) and "10 blocks of prompts" in far.method
+
+
+def test_an_unchanged_model_is_no_better_than_itself():
+    x, asked = normal(300), [f"p{k // 3}" for k in range(300)]
+    found = kid_interval(x, x + normal(300, seed=1, scale=0.01), 0, asked, asked)
+    assert found.low <= 0 <= found.high and found.n_prompts == 100 and "4 blocks" in found.method
+    assert kid_interval(normal(58), normal(300), 0, [f"p{k // 2}" for k in range(58)]) is None
 
 
 def test_frechet_known_value():
