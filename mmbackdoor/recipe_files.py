@@ -81,12 +81,6 @@ def words(recipe: str, settings: Mapping[str, Any]) -> list[str]:
     return flags(({} if file is None else {"config": file}) | {k: v for k, v in settings.items() if k != "config"})
 
 
-def spelled(recipe: str, settings: Mapping[str, Any]) -> list[str]:
-    """The same, with what the config file says in place of where it lies."""
-    command = words(recipe, settings)
-    return [Path(command[1]).read_text(encoding="utf-8"), *command[2:]] if "config" in settings else command
-
-
 def stage(recipe: str, *flags: object) -> None:
     """Run a recipe in this process, and say by which command it can be run alone."""
     arguments = [str(flag) for flag in flags]

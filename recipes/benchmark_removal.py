@@ -13,7 +13,7 @@ prompts.
 Writes into output_dir: report.html, table.md, curves.png, points.jsonl (every number), runs.jsonl, tuning.jsonl,
 config.yaml, data/, ATTACK/seed-N/{poisoned,latents,evaluation}/, ATTACK/seed-N/REMOVAL/ and tuning/ of the same form.
 The page, the table and the picture are made anew from these lines by `mmbackdoor report OUTPUT_DIR`. A finished cell
-leaves ATTACK/seed-N/scores.json.gz: cells may be run on several machines, and these files alone be put into one folder.
+leaves ATTACK/seed-N/scores.json.gz: cells may be run on several machines, and these files (and tuning/) put into one folder.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from mmbackdoor.evaluate.prompts import Suite
 from mmbackdoor.evaluate.removal_cell import Cell, measured, tuned
 from mmbackdoor.evaluate.removal_material import Material, Split, prompts_file
 from mmbackdoor.evaluate.removal_points import points
-from mmbackdoor.recipe_files import spelled, stage, words
+from mmbackdoor.evaluate.removal_scores import Asked
+from mmbackdoor.recipe_files import stage, words
 from mmbackdoor.results import drafts, removal_benchmark, removal_report, removal_tuning
 from mmbackdoor.results.removal_grid import Attack, Durability, Grid, Overrides, check_names
 from mmbackdoor.results.removal_tuning import Tuning
@@ -121,14 +122,15 @@ def run(cfg: Config) -> None:
         given = cfg.material.settings(data, name) | {"evaluate_diffusion": cfg.evaluate}
         return Cell(name, attacks[name], seed, place, cfg.model, prompts, given, job, steps)
 
-    def asked(one: Cell) -> dict[str, str]:
-        """All that decides what the cell finds, for the removals together and for each."""
-        of = [asdict(one.attack), asdict(cfg.material), cfg.model, one.prompts.read_text()]
-        of.append(spelled("poison_diffusion", one.attack.poison))
-        of.append(spelled("evaluate_diffusion", cfg.evaluate | one.attack.evaluate))
-        of += [cfg.milestones, cfg.stress, asdict(cfg.durability) if cfg.durability else None]
-        each = {name: settings(one, name, trial) for name, (_, trial) in winners.items()}
-        return removal_scores.digests(of, {name: spelled("clean_diffusion", mine) for name, mine in each.items()})
+    def asked(one: Cell) -> dict[str, Asked]:
+        """All that decides what the cell finds: what its removals share, and each of them."""
+        grid = [asdict(one.attack), asdict(cfg.material), cfg.model, one.prompts.read_text(encoding="utf-8")]
+        grid += [cfg.milestones, cfg.stress, asdict(cfg.durability) if cfg.durability else None]
+        stages = {"poison_diffusion": one.attack.poison, "evaluate_diffusion": cfg.evaluate | one.attack.evaluate}
+        shared = {name: Asked.of(parse(CONFIGS[name], words(name, given))) for name, given in stages.items()}
+        each = {name: words("clean_diffusion", settings(one, name, trial)) for name, (_, trial) in winners.items()}
+        removals = {name: Asked.of(parse(CONFIGS["clean_diffusion"], given)) for name, given in each.items()}
+        return {"grid": Asked(grid)} | shared | removals
 
     found, runs = [], []
     winners = {name: (name, {}) for name in cfg.removals}

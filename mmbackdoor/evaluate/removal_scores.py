@@ -13,18 +13,48 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
+import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from mmbackdoor.config import to_yaml
 from mmbackdoor.evaluate.removal_points import Seen
 from mmbackdoor.results.record import write_bytes
 from mmbackdoor.results.removal_benchmark import CLEAN, NONE, RemovalRun, Where
+from mmbackdoor.results.run import completed
 from mmbackdoor.types import InputError
 
 FILE_NAME = "scores.json.gz"
-SHARED = ""
-"""The digest of all that the removals of a cell have in common; that of a removal has its name."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A part of what a cell was asked for: plain `values`, or the settings of a recipe with this `config_type`."""
+
+    values: Any
+    config_type: type | None = None
+
+    @classmethod
+    def of(cls, cfg: Any) -> Self:
+        """All settings of a recipe, and what is in the files that they name."""
+        config = yaml.safe_load(to_yaml(cfg))
+        files = sorted({value for value in _leaves(config) if isinstance(value, str) and Path(value).is_file()})
+        contents = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
+        return cls({"config": config, "files": contents}, type(cfg))
+
+    def holds(self, before: Any, source: str) -> bool:
+        """Whether `before`, of the file `source`, is the same. Settings that have come since had their defaults."""
+        values = json.loads(json.dumps(self.values))
+        if self.config_type is None or before is None:
+            return before == values
+        return before | {"config": completed(self.config_type, before["config"], source)} == values
+
+
+def _leaves(value: Any) -> list[Any]:
+    if isinstance(value, dict | list):
+        return [leaf for one in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(one)]
+    return [value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,11 +75,11 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """The file: what the cell was asked for (`digests`), its removals, its models."""
+    """The file: what the cell was asked for, its removals, its models."""
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
-    asked: dict[str, str]
+    asked: dict[str, Any]
     runs: list[RemovalRun]
     models: list[Model]
 
@@ -57,13 +87,7 @@ class Scores:
 _ADAPTER = TypeAdapter(Scores)
 
 
-def digests(shared: object, removals: Mapping[str, object]) -> dict[str, str]:
-    """What a cell is asked for, as hashes of plain values: the same wherever its folder lies."""
-    found = {SHARED: shared, **removals}
-    return {name: hashlib.sha256(json.dumps(of, sort_keys=True).encode()).hexdigest() for name, of in found.items()}
-
-
-def write(folder: Path, asked: Mapping[str, str], found: Sequence[Seen], runs: Sequence[RemovalRun]) -> None:
+def write(folder: Path, asked: Mapping[str, Asked], found: Sequence[Seen], runs: Sequence[RemovalRun]) -> None:
     """Leave what a finished cell found in its `folder`."""
     models = []
     for one in found:
@@ -74,13 +98,14 @@ def write(folder: Path, asked: Mapping[str, str], found: Sequence[Seen], runs: S
                 values.setdefault(prompt, {})[str(index)] = value
             measured.append(Values(metric=metric, condition=condition, values=values))
         models.append(Model(where=one.where, seed=one.seed, measured=measured))
-    content = asdict(Scores(asked=dict(asked), runs=list(runs), models=models))
+    said = {name: one.values for name, one in asked.items()}
+    content = asdict(Scores(asked=said, runs=list(runs), models=models))
     text = json.dumps(content, ensure_ascii=False, allow_nan=False)
     # Without a time in it, the same scores are the same file.
     write_bytes(folder / FILE_NAME, gzip.compress(text.encode(), mtime=0))
 
 
-def read(folder: Path, asked: Mapping[str, str]) -> tuple[list[Seen], list[RemovalRun]] | None:
+def read(folder: Path, asked: Mapping[str, Asked]) -> tuple[list[Seen], list[RemovalRun]] | None:
     """What the cell of `folder` found, of the removals in `asked` alone; `None` where it has no scores, or others.
 
     Raises `InputError` for a damaged file.
@@ -93,7 +118,7 @@ def read(folder: Path, asked: Mapping[str, str]) -> tuple[list[Seen], list[Remov
     except (OSError, EOFError, zlib.error, ValidationError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"{str(file)!r} is damaged ({reason}); remove it, and its cell is measured again") from error
-    if any(scores.asked.get(name) != digest for name, digest in asked.items()):
+    if not all(one.holds(scores.asked.get(name), str(file)) for name, one in asked.items()):
         return None
     wanted = {CLEAN, NONE, *asked}
     found = [

@@ -242,10 +242,12 @@ def warnings(points: Sequence[Point], runs: Sequence[RemovalRun]) -> list[str]:
     """What keeps these numbers from saying what they seem to say, a sentence each."""
     found = []
     for attack in dict.fromkeys(one.attack for one in runs):
-        done = [one for one in runs if one.attack == attack and one.status == "finished"]
-        seen = {one.removal: one.samples for one in done}
-        if len(set(seen.values())) > 1:
-            shown = ", ".join(f"{name} {count:,}" for name, count in seen.items())
+        seen: dict[str, set[int]] = {}
+        for one in runs:
+            if one.attack == attack and one.status == "finished":
+                seen.setdefault(one.removal, set()).add(one.samples)
+        if len(set().union(*seen.values())) > 1:
+            shown = ", ".join(f"{name} {' and '.join(f'{n:,}' for n in sorted(of))}" for name, of in seen.items())
             found.append(f"The removals of {attack} saw different numbers of samples ({shown}).")
     whole = [one for one in runs if not one.situation]
     failed = [one for one in whole if one.status == "failed"]

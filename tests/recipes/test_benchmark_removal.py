@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 import shutil
@@ -242,6 +243,19 @@ def test_scores_of_other_settings_or_damaged_are_not_taken(recipe, tmp_path, mon
         run(recipe, place, config=tmp_path / "other.yaml")
         made = {Path(flags["output_dir"][0]).relative_to(place).parts[0] for _, flags in jobs.calls}
         assert made == ({"patch"} if number else {"patch", "object"})
+    # A setting that has come since had its default; another default is another setting.
+    content = json.loads(gzip.decompress(scores[0].read_bytes()))
+    shutil.rmtree(scores[0].parent / "skd")
+    for part in ("skd", "poison_diffusion"):
+        del content["asked"][part]["config"]["train"]["adam_epsilon"]
+    scores[0].write_bytes(gzip.compress(json.dumps(content).encode()))
+    jobs.calls = []
+    run(recipe, whole, config=tmp_path / "grid.yaml")
+    assert not jobs.calls
+    content["asked"]["skd"]["config"]["sampling"]["num_inference_steps"] += 1
+    scores[0].write_bytes(gzip.compress(json.dumps(content).encode()))
+    run(recipe, whole, config=tmp_path / "grid.yaml")
+    assert {name for name, _ in jobs.calls} == {"clean_diffusion", "evaluate_diffusion"}
     scores[0].write_bytes(scores[0].read_bytes()[:-9])
     with pytest.raises(InputError, match=r"scores.json.gz' is damaged \(.*remove it"):
         run(recipe, whole, config=tmp_path / "grid.yaml")

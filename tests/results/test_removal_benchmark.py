@@ -267,7 +267,11 @@ def test_what_spoils_a_comparison_is_warned_of():
     more = replace(runs()[1], samples=99)
     weak = [*measured(("patch",), 2), seen("style", NONE, "poisoned", 0, 0.3, 0.9)]
     said = "\n".join(removal_benchmark.warnings(points(weak), [*runs(), failed, more]))
-    assert "The removals of patch saw different numbers of samples (finetune 640, skd 99)" in said
+    assert "The removals of patch saw different numbers of samples (finetune 640, skd 99 and 640)" in said
+    eight = [replace(one, samples=8 * one.samples) if one.seed == 0 else one for one in runs()]
+    assert "different numbers of samples (finetune 640 and 5,120, skd 640 and 5,120)" in str(
+        removal_benchmark.warnings(numbers(), eight)
+    ), "seeds may have been run on several processes, too"
     assert "1 of 14 removals broke off and are in no mean: patch, finetune, seed 0" in said
     assert "style, seed 0, was never well poisoned (ASR 30.0 %)" in said and "Seeds: 2" in said
     lost = [one for one in measured(("patch",)) if one.where.removal != "skd"]
