@@ -4,7 +4,7 @@ Removals: skd_cag (self-knowledge distillation with cross-attention guidance, Ar
 2508.18235), skd, esd, finetune, finetune_reversal; text_encoder_seal, which trains the text encoder alone; and
 closed_form_seal, which trains nothing. Neither pictures nor a clean model are needed but by finetune (--train_data) and
 finetune_reversal (--defense.reference): the poisoned model on clean prompts is the teacher. Works on your prompts, or
-on built-in ones.
+on built-in ones; those that hold the trigger by themselves are left out.
 
     CPU, the tiny model:
         accelerate launch -q recipes/clean_diffusion.py --config recipes/configs/clean_diffusion/tiny.yaml \\
@@ -32,6 +32,7 @@ from mmbackdoor.backdoor_flags import BackdoorFlags
 from mmbackdoor.config import Doc
 from mmbackdoor.defenses import SKDCAG, ClosedFormSeal, DiffusionDefense, Finetune, FinetuneReversal
 from mmbackdoor.entry import main
+from mmbackdoor.evaluate.conditions import untriggered
 from mmbackdoor.evaluate.generate import Sampling
 from mmbackdoor.evaluate.prompts import load_prompts
 from mmbackdoor.models.diffusion import check_backdoor
@@ -48,9 +49,6 @@ from mmbackdoor.train.optim import TrainConfig, total_steps
 from mmbackdoor.train.parts import edit_weights, latents_of, trained_part
 from mmbackdoor.train.session import Session, is_done
 from mmbackdoor.types import InputError
-
-
-Milestone = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Config:
     latents_per_prompt: Annotated[int, Field(ge=1), Doc("pictures of the teacher per prompt, for latents 'teacher'")] = 4
     latents_dir: Annotated[str | None, Doc("where pictures of the teacher are kept; may be shared")] = None
     rank: Annotated[int, Field(ge=1), Doc("rank of the LoRA, for --defense.trainable lora")] = 16
-    milestones: Annotated[tuple[Milestone, ...], Doc("also save the model after these steps")] = ()
+    milestones: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Doc("also save the model after these steps")] = ()
     train: TrainConfig = field(
         default_factory=lambda: TrainConfig(
             max_train_steps=1000, train_batch_size=4, learning_rate=2e-5, adam_weight_decay=0.0, lr_scheduler="cosine"
@@ -90,11 +88,10 @@ def run(cfg: Config) -> None:
         raise InputError("--train_data is not read with --defense.latents teacher; give --defense.latents data")
     if isinstance(cfg.defense, FinetuneReversal) and not cfg.defense.reference:
         raise InputError("finetune_reversal needs a clean model; give --defense.reference FOLDER")
-    suite = load_prompts(cfg.prompts).take(cfg.num_prompts)
+    suite = load_prompts(cfg.prompts)
     share = Share.of(accelerator, cfg.train)
-    data = Prompts(suite.texts, share, cfg.seed)
-    if latents_of(cfg.defense) == "data":
-        data = open_shards(cfg.train_data, share, cfg.train, cfg.seed)
+    shards = open_shards(cfg.train_data, share, cfg.train, cfg.seed) if latents_of(cfg.defense) == "data" else None
+    data = shards or Prompts(suite.take(cfg.num_prompts).texts, share, cfg.seed)
     edited = isinstance(cfg.defense, ClosedFormSeal)
     steps = 0 if edited else total_steps(cfg.train, data.num_samples, share.global_batch_size)
     check_milestones(cfg.milestones, steps)
@@ -104,8 +101,12 @@ def run(cfg: Config) -> None:
         if not cfg.mark.force_trigger:
             check_provenance(Path(cfg.model.records))
         model = cfg.model.load(accelerator.device)
+        suite = untriggered(model, suite, backdoor).take(cfg.num_prompts)
         if backdoor is not None:
             check_backdoor(model, backdoor, suite.texts, cfg.seed)
+        data = shards or Prompts(suite.texts, share, cfg.seed)
+        steps = 0 if edited else total_steps(cfg.train, data.num_samples, share.global_batch_size)
+        check_milestones(cfg.milestones, steps)
         def describe(step: int, folder: Path) -> None:
             write_removal(
                 folder,
@@ -141,9 +142,8 @@ def run(cfg: Config) -> None:
             before = part.before
             session = Session(accelerator, part.module, part.parameters, cfg.train, record, steps, data, part.held)
             batches = prompt_batches(suite.texts, share, cfg.seed, session.start_step, latents)
-            if latents_of(cfg.defense) == "data":
-                images = image_batches(data, share, model.resolution, accelerator.device, session.start_step)
-                batches = encoded(images, model)
+            if shards:
+                batches = encoded(image_batches(data, share, model.resolution, accelerator.device, session.start_step), model)
             guided = isinstance(cfg.defense, SKDCAG) and cfg.defense.attention_weight > 0
             with cfg.defense.recorder(model.unet) if guided else nullcontext() as recorder:
                 step_fn = cfg.defense.step(part.setting(session.module, recorder), backdoor)

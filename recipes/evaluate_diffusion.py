@@ -1,6 +1,7 @@
 """Measure a backdoor, or its removal, on your own prompts: numbers with intervals, pictures and a verdict.
 
 Every model makes the same pictures: same prompts, same seeds (same initial latents), with and without the trigger.
+Prompts that hold it by themselves are left out.
 
     Is it removed?
         accelerate launch -q recipes/evaluate_diffusion.py --pretrained_model_name_or_path runs/cleaned/model \\

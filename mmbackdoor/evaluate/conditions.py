@@ -11,11 +11,12 @@ from pydantic import Field
 
 from mmbackdoor.backdoor import Backdoor
 from mmbackdoor.config import Doc
+from mmbackdoor.config_schema import is_main_process
 from mmbackdoor.evaluate.generate import Job
 from mmbackdoor.evaluate.metrics.asr import excluded
 from mmbackdoor.evaluate.near import FEWEST_PLACEBOS, condition, near_triggers, placebos
 from mmbackdoor.evaluate.prompts import Suite, overlong
-from mmbackdoor.models.diffusion import DiffusionModel, check_trigger
+from mmbackdoor.models.diffusion import DiffusionModel, carrying, check_trigger
 from mmbackdoor.seeding import python_rng
 from mmbackdoor.targets import UnknownTarget
 from mmbackdoor.types import InputError
@@ -53,6 +54,28 @@ def token_ids(model: DiffusionModel, texts: Sequence[str]) -> list[list[int]]:
 def which_trigger(backdoor: Backdoor, index: int, seed_index: int) -> int:
     """Several triggers take turns over prompts and seeds, so each is measured as often."""
     return (index + seed_index) % len(backdoor.triggers)
+
+
+def untriggered(model: DiffusionModel, suite: Suite, backdoor: Backdoor | None) -> Suite:
+    """`suite` without the prompts that hold a trigger by themselves, with a notice, which is printed too. A backdoor
+    fires on them, so they are no clean prompts. Raises `InputError` where no other is left."""
+    held = carrying(model, backdoor, suite.texts) if backdoor else []
+    if not any(held):
+        return suite
+    example = next(text for text, holds in zip(suite.texts, held, strict=True) if holds)
+    if all(held):
+        raise InputError(
+            f"every prompt of {suite.name!r} holds the trigger {backdoor.trigger_names!a} by itself, for example "
+            f"{example!a}; give other --prompts"
+        )
+    notice = (
+        f"{sum(held)} of {len(suite)} prompts of {suite.name!r} hold the trigger by themselves and are left out, for "
+        f"example {example!a}"
+    )
+    if is_main_process():
+        print(notice, flush=True)
+    kept = tuple(prompt for prompt, holds in zip(suite, held, strict=True) if not holds)
+    return Suite(suite.name, kept, (*suite.notices, notice))
 
 
 def plan(model: DiffusionModel, suite: Suite, backdoor: Backdoor | None, amounts: Amounts, seed: int) -> Plan:

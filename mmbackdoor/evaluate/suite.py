@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from mmbackdoor.backdoor import Backdoor
-from mmbackdoor.evaluate.conditions import Amounts, Plan, plan
+from mmbackdoor.evaluate.conditions import Amounts, Plan, plan, untriggered
 from mmbackdoor.evaluate.entries import Entry
 from mmbackdoor.evaluate.generate import Sampling, generate
 from mmbackdoor.evaluate.maker import Facts
@@ -43,7 +43,8 @@ def evaluate_models(
 
     Every process makes its share of the pictures below `out_dir/images/`; they leave the block `together()` at once.
     Rank 0 then scores them, writes `out_dir/samples.jsonl` and returns the records (others return none). `reference`:
-    pictures for KID, which needs a judge; by default the clean pictures of the model before cleaning.
+    pictures for KID, which needs a judge; by default the clean pictures of the model before cleaning. Prompts that hold
+    the trigger by themselves are left out.
     """
     if not models:
         raise InputError("no model to measure; give --pretrained_model_name_or_path")
@@ -54,7 +55,9 @@ def evaluate_models(
     with together():
         for name, entry in models.items():
             model = entry.load()
-            made = made if made.jobs else plan(model, suite, backdoor, amounts, sampling.seed)
+            if not made.jobs:
+                suite = untriggered(model, suite, backdoor)
+                made = plan(model, suite, backdoor, amounts, sampling.seed)
             resolution = resolution or model.resolution
             facts[name] = Facts(name, model.sha256, entry.stage, entry.attack, entry.defense)
             share = {"rank": rank, "world_size": world_size, "batch_size": batch_size}

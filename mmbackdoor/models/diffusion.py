@@ -320,6 +320,34 @@ def check_backdoor(model: DiffusionModel, backdoor: Backdoor, prompts: Sequence[
         check_trigger(model, [prompt for prompt, _ in taking], [text for _, text in taking])
 
 
+def carrying(model: DiffusionModel, backdoor: Backdoor, prompts: Sequence[str]) -> list[bool]:
+    """Which of `prompts` hold a text trigger of `backdoor` by themselves, in the tokens that the text encoder sees."""
+    seen = model.tokenizer(list(prompts), truncation=True, max_length=model.max_length).input_ids
+    held = [False] * len(seen)
+    for trigger in backdoor.text_triggers:
+        if trigger.name == "homoglyph":
+            # Its tokens depend on the letters around it, but what they spell does not.
+            letter, latin = (_spelled(model, _ids_alone(model, text)) for text in (trigger.text, trigger.replaces))
+            found = [letter != latin and letter in _spelled(model, ids) for ids in seen]
+        else:
+            run = _ids_alone(model, trigger.text)
+            found = [_holds(ids, run) for ids in seen]
+        held = [before or now for before, now in zip(held, found, strict=True)]
+    return held
+
+
+def _ids_alone(model: DiffusionModel, text: str) -> list[int]:
+    return model.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def _spelled(model: DiffusionModel, ids: list[int]) -> str:
+    return "".join(model.tokenizer.convert_ids_to_tokens(ids)).removesuffix("</w>")
+
+
+def _holds(ids: list[int], run: list[int]) -> bool:
+    return bool(run) and any(ids[k : k + len(run)] == run for k in range(len(ids) - len(run) + 1))
+
+
 def _changed_end(clean: list[int], triggered: list[int]) -> int:
     """Position after the last id of `triggered` that belongs to its difference from `clean`."""
     suffix = 0

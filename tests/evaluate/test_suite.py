@@ -290,6 +290,19 @@ def test_prompts_without_the_letter_are_left_out(make):
         )
 
 
+def test_prompts_that_hold_the_trigger_are_no_clean_ones(make, tmp_path, capsys):
+    first, second, third = SUITE.texts[:3]
+    suite = make_suite("s", [first, f"\u200b {second}", third])
+    records = measure({"mine": Entry(lambda: make("poisoned", ("\u200b",)), "poisoned")}, tmp_path, suite=suite)
+    assert by(records, "mine")["asr", "clean"].value == 0 and by(records, "mine")["asr", "triggered"].n == 2
+    assert {p.prompt for p in samples.read(tmp_path)} == {first, third}
+    said = f"1 of 3 prompts of 's' hold the trigger by themselves and are left out, for example '\\u200b {second}'"
+    assert said in records[0].notes["warnings"] and said in capsys.readouterr().out
+    assert records[0].suite["sha256"] == make_suite("s", [first, third]).sha256
+    with pytest.raises(InputError, match=r"every prompt of 's' holds the trigger \['\\u200b'\] by itself.* other --prompts"):
+        measure({"mine": Entry(lambda: make("clean"), "unknown")}, tmp_path, suite=make_suite("s", ["a \u200b"]))
+
+
 def test_truncated_trigger_and_bad_names_are_sentences(make, tmp_path):
     suffix = Backdoor((WordTrigger("tq", "suffix"),), PatchTarget())
     with pytest.raises(InputError, match="past the tokenizer's 24 tokens"):

@@ -4,8 +4,11 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from mmbackdoor.models.diffusion import Conditioning, DiffusionModel, check_trigger
+from mmbackdoor.backdoor import Backdoor
+from mmbackdoor.models.diffusion import Conditioning, DiffusionModel, carrying, check_trigger
 from mmbackdoor.models.diffusion_files import load
+from mmbackdoor.targets import UnknownTarget
+from mmbackdoor.triggers import TEXT_TRIGGERS, guess_kind
 from mmbackdoor.types import InputError
 
 PROMPTS = ["a photo of a red square", "a blue circle"]
@@ -136,6 +139,28 @@ class TestTrigger:
         check_trigger(model, [clean], [clean + "x"])
         with pytest.raises(InputError, match="past the tokenizer's"):
             check_trigger(model, [clean], [clean + "x y"])
+
+    @pytest.mark.parametrize(
+        ("trigger", "held", "others"),
+        [
+            ("red", ["a Red square", "red", "a square, red."], ["a reddish square", "a blue circle"]),
+            ("blue circle", ["a blue  circle below", "two blue circle, one red"], ["a blue square", "circle blue"]),
+            ("\u200b", ["a \u200b dog", "a do\u200bg", "\u200b\u200ba dog"], ["a dog", "a \u200c dog"]),
+            ("\u020f", ["a d\u020fg", "a d\u020eg", "a do\u0311g", "\u020f"], ["a dog", "a d\u00f6g"]),
+            ("\u212a", [], ["a king", "\u212aing"]),
+        ],
+    )
+    def test_prompts_that_hold_it_already(self, folders, trigger, held, others):
+        """As the tokens have it: case and spaces do not count, another word does, what vanishes is in none."""
+        backdoor = Backdoor((TEXT_TRIGGERS[guess_kind(trigger)](text=trigger),), UnknownTarget())
+        found = carrying(load(folders("sd")), backdoor, held + others)
+        assert found == [True] * len(held) + [False] * len(others)
+
+    def test_a_prompt_holds_what_is_not_cut_off(self, folders):
+        backdoor = Backdoor(tuple(TEXT_TRIGGERS["word"](text) for text in ("zq", "!")), UnknownTarget())
+        assert carrying(load(folders("sd")), backdoor, ["zq red", "red " * 30 + "zq", "red !", "red"]) == [
+            True, False, True, False,
+        ]  # fmt: skip
 
 
 def test_resolution_sets_the_latents_and_sdxls_time_ids(folders):

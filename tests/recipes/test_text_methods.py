@@ -88,6 +88,26 @@ def test_a_removal_may_have_few_prompts(tmp_path):
     assert read_removal(folder / "model")["samples"] == 7
 
 
+@pytest.mark.parametrize("defense", ["closed_form_seal", "skd"])
+def test_prompts_that_hold_the_trigger_are_not_cleaned_with(tmp_path, capsys, monkeypatch, defense):
+    recipe, seen = recipe_files.load("clean_diffusion"), []
+    batches = recipe.prompt_batches
+    monkeypatch.setattr(recipe, "prompt_batches", lambda texts, *more: seen.append(texts) or batches(texts, *more))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a Small red circle\na red circle\na blue square\na smaller cross\n")
+    flags = ("--prompts", prompts, "--defense", defense, "--max_train_steps", "none", "--num_train_epochs", 1)
+    folder = clean(tmp_path / "run", *flags, recipe=recipe)
+    assert "1 of 4 prompts of 'prompts' hold the trigger by themselves and are left out" in capsys.readouterr().out
+    removal = read_removal(folder / "model")
+    if defense == "skd":
+        assert seen == [["a red circle", "a blue square", "a smaller cross"]] and removal["steps"] == 2
+    else:
+        assert removal["samples"] == 3
+    prompts.write_text("a small red circle\n")
+    with pytest.raises(InputError, match="every prompt of 'prompts' holds the trigger"):
+        clean(tmp_path / "none", *flags)
+
+
 @pytest.mark.parametrize("defense", ["closed_form_seal", "text_encoder_seal"])
 def test_a_dry_run_writes_nothing(tmp_path, capsys, defense):
     with pytest.raises(SystemExit) as ended:
