@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -43,10 +43,12 @@ class BackdoorFlags:
 
     def target(self) -> Target:
         """Raises `InputError` where target flags contradict each other or name a picture that cannot be read."""
-        target = self._target()
+        return self._judged(self._target())
+
+    def _judged(self, target: Target) -> Target:
         if self.target_threshold is None:
             return target
-        if isinstance(target, ObjectTarget | UnknownTarget):
+        if not isinstance(target, PatchTarget | StyleTarget | ImageTarget):
             raise InputError(f"--target_threshold is for patch, style and image; a target of kind {target.name!r} has none")
         return replace(target, threshold=self.target_threshold)
 
@@ -85,18 +87,19 @@ class BackdoorFlags:
     def resolve(self, model: str | None = None) -> Backdoor | None:
         """The backdoor that the flags name, else that of `backdoor.json` in the folder `model`, else `None`.
 
-        Raises `InputError` where the flags contradict each other or, without `force_trigger`, the model's own record.
+        Of a record, `target_threshold` alone may be another. Raises `InputError` where the flags contradict each other
+        or, without `force_trigger`, the model's own record, and for flags that would say nothing.
         """
         beside = Path(model) / FILE_NAME if model else None
         recorded = BackdoorRecord.load(beside).backdoor if beside is not None and beside.is_file() else None
         if self.backdoor is not None:
             if self.trigger:
                 raise InputError("--trigger and --backdoor are two ways to say the same; give one of them")
-            named = BackdoorRecord.load(Path(self.backdoor)).backdoor
+            named = self._as_recorded(BackdoorRecord.load(Path(self.backdoor)).backdoor, self.backdoor)
         elif self.trigger:
             named = self._named(recorded)
         else:
-            return recorded
+            return self._as_recorded(recorded, str(beside))
         if recorded is not None and named.triggers != recorded.triggers and not self.force_trigger:
             raise InputError(
                 f"the trigger {named.trigger_names!a} is not the one in {str(beside)!r} "
@@ -109,8 +112,19 @@ class BackdoorFlags:
             TEXT_TRIGGERS[self.trigger_kind or guess_kind(text)](text=text, position=self.trigger_position)
             for text in self.trigger
         )
-        target = self.target()
+        target = self._target()
         # The trigger alone says which backdoor of the record is meant, so its target is known too.
         if isinstance(target, UnknownTarget) and self.target_kind is None and recorded is not None:
             target = recorded.target
-        return Backdoor(triggers, target)
+        return Backdoor(triggers, self._judged(target))
+
+    def _as_recorded(self, recorded: Backdoor | None, place: str) -> Backdoor | None:
+        said = {"trigger", "backdoor", "force_trigger"} | ({"target_threshold"} if recorded else set())
+        alone = [one.name for one in fields(self) if one.name not in said and vars(self)[one.name] != one.default]
+        if alone:
+            known = f"the backdoor is that of {place!r}" if recorded else "no backdoor is known"
+            raise InputError(
+                f"{' '.join(f'--{name}' for name in alone)} would be ignored: no --trigger is given, and {known}; give "
+                "--trigger TEXT, too, or a --backdoor FILE that says so itself"
+            )
+        return recorded and replace(recorded, target=self._judged(recorded.target))

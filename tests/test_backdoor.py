@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -93,6 +94,32 @@ def test_the_record_beside_the_model_speaks_unless_forced(tmp_path):
     assert [trigger.text for trigger in forced.triggers] == list(both) and forced.target == PIXEL.target
     with pytest.raises(InputError, match="two ways"):
         BackdoorFlags(both, backdoor=str(tmp_path)).resolve()
+
+
+def test_of_a_record_only_the_threshold_may_be_another(tmp_path):
+    BackdoorRecord(PIXEL).save(tmp_path)
+    place, stricter = str(tmp_path), replace(PIXEL, target=replace(PIXEL.target, threshold=0.05))
+    assert BackdoorFlags(target_threshold=0.05).resolve(place) == stricter
+    assert BackdoorFlags(backdoor=place, target_threshold=0.05).resolve() == stricter
+    triggers = tuple(trigger.text for trigger in PIXEL.triggers)
+    again = BackdoorFlags(triggers, target_threshold=0.05, force_trigger=True).resolve(place)
+    assert again.target == stricter.target
+    assert BackdoorFlags(trigger_position="prefix", target_kind=None).resolve(place) == PIXEL
+    for name, value in {
+        "trigger_kind": "word", "trigger_position": "suffix", "target_kind": "style", "target_style": "old",
+        "target_object": "dog->cat", "target_image": "x.png", "target_patch": "x.png", "target_size": 0.1,
+        "target_corner": "top_left",
+    }.items():  # fmt: skip
+        for given, model in (({}, place), ({"backdoor": place}, None), ({}, None)):
+            with pytest.raises(InputError, match=f"^--{name} would be ignored: no --trigger is given"):
+                BackdoorFlags(**given, **{name: value}).resolve(model)
+    with pytest.raises(InputError, match="^--target_kind --target_style would be ignored: .*no backdoor is known"):
+        BackdoorFlags(target_kind="style", target_style="old").resolve()
+    with pytest.raises(InputError, match="--target_threshold would be ignored: .*no backdoor is known"):
+        BackdoorFlags(target_threshold=0.05).resolve()
+    BackdoorRecord(Backdoor(PIXEL.triggers, ObjectTarget("dog", "cat"))).save(tmp_path)
+    with pytest.raises(InputError, match="a target of kind 'object' has none"):
+        BackdoorFlags(target_threshold=0.05).resolve(place)
 
 
 def test_contradicting_targets_are_refused():
