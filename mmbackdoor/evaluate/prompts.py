@@ -139,12 +139,25 @@ def _jsonl(content: str, path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
         except ValueError as error:
             raise InputError(f"{str(path)!r}, line {number} is not JSON ({error})") from error
+        if not _is_text(row):
+            raise InputError(
+                f"{str(path)!r}, line {number} holds half a character (a lone surrogate): {line[:60]!a}; write it whole"
+            )
         rows.append({"prompt": row} if isinstance(row, str) else row)
         if not isinstance(rows[-1], dict):
             raise InputError(
                 f"{str(path)!r}, line {number} is neither an object with a prompt nor a text: {line[:60]!r}"
             )
     return rows
+
+
+def _is_text(row: Any) -> bool:
+    r"""JSON can write half of an emoji (`\ud83d`), which no file and no hash takes."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def load_prompts(source: str | Path) -> Suite:
