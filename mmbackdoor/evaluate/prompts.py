@@ -167,7 +167,7 @@ def load_prompts(source: str | Path) -> Suite:
     if str(source) in BUILT_IN:
         return _built_in(str(source))
     if str(source).lower().endswith(SUFFIXES):
-        return make_suite(str(source), [text for _, text in iterate_captions(source)])
+        return make_suite(str(source), [text for _, text in iterate_captions(source) if _is_text(text)])
     path = Path(source)
     kind = path.suffix.lower()
     if kind not in (".txt", ".csv", ".tsv", ".jsonl"):

@@ -1,5 +1,7 @@
+import io
 import json
 import re
+import tarfile
 
 import pytest
 from PIL import Image
@@ -62,6 +64,16 @@ def test_captions_of_shards(tmp_path):
     assert suite.texts == ["a cat", "a dog", "a red bird"] and "1 repeated prompts" in suite.notices[0]
     with pytest.raises(InputError, match="no-such"):
         load_prompts(f"{tmp_path}/no-such.tar.gz")
+
+
+def test_a_caption_of_half_a_character_is_no_prompt(tmp_path):
+    with tarfile.open(tmp_path / "test-000000.tar", "w") as shard:
+        for key, text in (("a", "a cat \\ud83d"), ("b", "a dog \\ud83d\\ude00")):
+            for name, content in ((f"{key}.png", b"not looked at"), (f"{key}.json", f'{{"caption": "{text}"}}'.encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                shard.addfile(member, io.BytesIO(content))
+    assert load_prompts(f"{tmp_path}/test-000000.tar").texts == ["a dog \U0001f600"]
 
 
 @pytest.mark.parametrize(
