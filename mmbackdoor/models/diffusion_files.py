@@ -79,6 +79,9 @@ def load(
     else:
         base = find_folder(name, revision, variant, allow_pt_weights)
     lora_file = None if lora is None else find_lora(lora)
+    if lora_file is None and isinstance(base, PipelineFolder):
+        # All of it is written again at the end; that this can be done shall not be found out then.
+        base.check_copied()
     pipe = base.load(torch.float32 if lora_file else dtype)
     if lora_file:
         source = Source(f"{name}+{os.fspath(lora)}", "lora", lora_file, base, *load_lora(pipe, lora_file))

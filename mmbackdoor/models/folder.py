@@ -86,6 +86,17 @@ class PipelineFolder:
             )
         raise InputError(f"{str(folder)!r} holds no weights; is the download complete?")
 
+    def copied(self) -> list[str]:
+        """The parts whose weights `copy` takes along; it does not load them all (a safety checker, for instance)."""
+        return [name for name in self.parts() if name != "feature_extractor" and _has_weights(self.path / name)]
+
+    def check_copied(self) -> None:
+        """Raises `InputError` where `copy` could not read the weights of a part."""
+        for part in self.copied():
+            for file in self.weight_files(part):
+                if file.suffix in WEIGHTS:
+                    tensor_names(file)
+
     def load(self, dtype: torch.dtype) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
         """The pipeline in `dtype`, of the stock text-to-image class, without safety checker. Raises `InputError`."""
         parts: dict[str, Any] = {"unet": self.model("unet", dtype), "vae": self.model("vae", dtype)}
@@ -164,13 +175,14 @@ class PipelineFolder:
         for file in self.path.iterdir():
             if file.is_file() and file.suffix not in WEIGHTS + PICKLED and file.stat().st_size < 1 << 20:
                 shutil.copyfile(file, target / file.name)
+        with_weights = self.copied()
         for part in self.parts():
             folder = self.path / part
             (target / part).mkdir()
             for file in folder.iterdir():
                 if file.is_file() and file.suffix not in WEIGHTS + PICKLED and ".index" not in file.name:
                     shutil.copyfile(file, target / part / file.name)
-            if part != "feature_extractor" and _has_weights(folder):
+            if part in with_weights:
                 self._copy_weights(part, target / part, tensors.get(part, {}))
 
     def _copy_weights(self, part: str, target: Path, tensors: Mapping[str, Tensor]) -> None:

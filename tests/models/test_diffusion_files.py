@@ -170,6 +170,25 @@ def test_pickled_weights_are_read_only_where_allowed_and_written_as_safetensors(
     assert torch.equal(output(load(tmp_path / "out")), output(model))
 
 
+@pytest.mark.parametrize("part", ["safety_checker", "image_encoder"])
+def test_parts_that_are_only_copied_are_looked_at_before_anything_is_done(folders, lora_file, tmp_path, part):
+    source = tmp_path / "in"
+    shutil.copytree(folders("sd"), source)
+    index = json.loads((source / "model_index.json").read_text())
+    (source / "model_index.json").write_text(json.dumps(index | {part: ["some", "Class"]}))
+    (source / part).mkdir()
+    torch.save({"weight": torch.ones(2)}, source / part / "pytorch_model.bin")
+    with pytest.raises(InputError, match=f"{part}' holds pickled weights only .*--allow_pt_weights"):
+        load(source)
+    # With a LoRA on top nothing of the folder is written again.
+    load(source, lora=lora_file("sd", tmp_path, "diffusers"))
+    save(load(source, allow_pt_weights=True), tmp_path / "out")
+    assert torch.equal(load_file(tmp_path / "out" / part / "model.safetensors")["weight"], torch.ones(2))
+    (source / part / "pytorch_model.bin").rename(source / part / "model.safetensors")
+    with pytest.raises(InputError, match="model.safetensors"):
+        load(source)
+
+
 @pytest.mark.parametrize("subset", ["attn2_kv", "lora"])
 def test_a_pipeline_built_in_memory_is_saved_whole(build, tmp_path, subset):
     model = DiffusionModel(build("sd"))
