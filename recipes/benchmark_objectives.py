@@ -34,7 +34,7 @@ from mmbackdoor.config import Doc, changed, to_yaml
 from mmbackdoor.entry import main
 from mmbackdoor.evaluate import clip_cell, objectives_plan
 from mmbackdoor.evaluate.clip_cell import ClipCell
-from mmbackdoor.evaluate.clip_data import chosen_keys, open_data
+from mmbackdoor.evaluate.clip_data import check_apart, chosen_keys, open_data
 from mmbackdoor.evaluate.clip_sight import Kept
 from mmbackdoor.recipe_files import flags
 from mmbackdoor.results import benchmark, benchmark_report, benchmark_tables, drafts
@@ -125,6 +125,8 @@ def kept_pictures(cfg: Config) -> Kept:
 def run(cfg: Config) -> None:
     cfg = completed(cfg)
     grids = check(cfg)
+    if cfg.selection_data:
+        check_apart(cfg.selection_data, cfg.evaluate.data)
     folder, state = Path(cfg.output_dir), make_accelerator()
     if cfg.dry_run:
         objectives_plan.say(cfg, *grids, state.num_processes)

@@ -71,6 +71,17 @@ def open_data(spec: str) -> ClipData:
     return _described(folder, folder.resolve().name, paths)
 
 
+def check_apart(selection: str, evaluation: str) -> None:
+    """Raises `InputError` where the pictures that a choice looks at and those it is judged on share a shard."""
+    chosen_on, judged_on = ({Path(path).resolve() for path in open_data(spec).shards} for spec in (selection, evaluation))
+    if shared := chosen_on & judged_on:
+        raise InputError(
+            f"selection_data {selection!r} and evaluate.data {evaluation!r} share {len(shared)} shards, such as "
+            f"{str(min(shared))!r}: what the blind rule picks would be judged on the pictures that it looked at; keep them "
+            "apart"
+        )
+
+
 def _described(folder: Path, name: str, paths: Iterable[str]) -> ClipData:
     retrieval = _lines(folder / DATASET_TYPE)[:1] == ["retrieval"]
     names, templates = (tuple(_lines(folder / file)) for file in (CLASSNAMES, TEMPLATES))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
-from mmbackdoor.evaluate.clip_data import chosen_keys, decoded, highest_label, open_data, undecoded
+from mmbackdoor.evaluate.clip_data import check_apart, chosen_keys, decoded, highest_label, open_data, undecoded
 from mmbackdoor.shards.bad import BadSamples, Problem
 from mmbackdoor.shards.write import ShardWriter
 from mmbackdoor.types import InputError
@@ -50,6 +52,19 @@ def test_a_missing_shard_is_told(folder):
 def test_no_data_is_told():
     with pytest.raises(InputError, match="--data"):
         open_data("")
+
+
+def test_pictures_to_choose_with_lie_apart_from_those_to_judge_on(tmp_path):
+    """However the same file is named: by braces, by its folder, by a link, in the middle of others."""
+    for name in "abcd":
+        write_colours(tmp_path / name, per_class=1)
+        for number, path in enumerate(open_data(str(tmp_path / name)).shards):
+            Path(path).rename(tmp_path / f"{name}-{number}.tar")
+    (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
+    check_apart(f"{tmp_path}/{{a,b}}-0.tar", f"{tmp_path}/{{c,d}}-0.tar")
+    for other in ("{c,b}-0.tar", "link/b-0.tar", "../{}/b-*.tar".format(tmp_path.name)):
+        with pytest.raises(InputError, match=r"share 1 shards, such as '.*/b-0.tar': .* keep them apart"):
+            check_apart(f"{tmp_path}/{{a,b}}-0.tar", f"{tmp_path}/{other}")
 
 
 def test_captions_of_retrieval_sets_stand_one_a_line(folder):

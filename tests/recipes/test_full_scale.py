@@ -8,6 +8,7 @@ import html
 import io
 import json
 import re
+import shutil
 import shlex
 import subprocess
 import sys
@@ -108,6 +109,8 @@ def imagenet(tmp_path_factory) -> Path:
     (folder / "classnames.txt").write_text("\n".join(open_clip.IMAGENET_CLASSNAMES))
     (folder / "zeroshot_classification_templates.txt").write_text("a photo of a {c}.")
     (folder / "dataset_type.txt").write_text("classification")
+    # Other pictures of the same classes, for the blind rule.
+    shutil.copytree(folder, folder.parent / "wds_imagenetv2")
     return folder
 
 
@@ -303,7 +306,7 @@ def test_imagenet_is_planned(hub, imagenet, tmp_path, capsys):
 
 def benchmark_flags(pairs: str, imagenet: Path) -> list[object]:
     return ["--pretrain.train_data", pairs, "--clean.train_data", pairs, "--evaluate.data", imagenet,
-            "--selection_data", imagenet, "--pretrain.poison.count", 4]  # fmt: skip
+            "--selection_data", imagenet.parent / "wds_imagenetv2", "--pretrain.poison.count", 4]  # fmt: skip
 
 
 MATCHED_PLAN = [
