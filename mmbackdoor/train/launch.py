@@ -6,14 +6,20 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import set_seed
+from accelerate.utils import InitProcessGroupKwargs, set_seed
 
 from mmbackdoor.train.optim import TrainConfig
 from mmbackdoor.types import Diverged, InputError
+
+
+LONGEST_WAIT = timedelta(hours=12)
+"""How long processes wait for one that works alone, as when it judges all pictures of ImageNet: NCCL ends them after 10
+minutes by default. A process that was killed is noticed by its closed connections and by the launcher, not by this."""
 
 
 def make_accelerator(train: TrainConfig | None = None, seed: int = 0, output_dir: str | None = None) -> Accelerator:
@@ -36,7 +42,8 @@ def make_accelerator(train: TrainConfig | None = None, seed: int = 0, output_dir
     accelerator = Accelerator(
         # Several processes without an accelerator talk by gloo only where the CPU is asked for.
         cpu=not torch.accelerator.is_available(),
-        mixed_precision=precision, log_with=None if tracker == "none" else tracker, project_dir=output_dir
+        mixed_precision=precision, log_with=None if tracker == "none" else tracker, project_dir=output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=LONGEST_WAIT)],
     )
     # accelerate's launcher of one process always names a precision, and an address to meet at only where it was asked
     # for more; how many these were it does not say. Whoever started several (torchrun, mpirun) gives each a world size.

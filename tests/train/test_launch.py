@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 import torch
 
-from mmbackdoor.train.launch import together
+from mmbackdoor.train.launch import make_accelerator, together
 from mmbackdoor.types import Diverged, RunFault
 
 
@@ -39,3 +41,8 @@ def test_a_full_disk_is_no_divergence_and_waits_for_nobody():
     with pytest.raises(RunFault, match="full"), together(processes):
         raise RunFault("the disk is full")
     assert processes.met == 0
+
+
+def test_others_wait_for_a_process_that_works_alone():
+    """NCCL's own 10 minutes are too few for one that judges all pictures of a large evaluation."""
+    assert make_accelerator().init_handler.to_kwargs() == {"timeout": timedelta(hours=12)}
