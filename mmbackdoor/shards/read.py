@@ -30,11 +30,12 @@ _NAME = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
 
 
 class Entry:
-    """One sample of a shard, not yet decoded: `parts` maps extensions to bytes, or to (offset, size) in `source`."""
+    """One sample of a shard, not yet decoded: `parts` maps extensions to bytes, or to (offset, size) in `source`, which
+    a gzipped shard's sample does without."""
 
     __slots__ = ("key", "parts", "source")
 
-    def __init__(self, key: str, parts: dict[str, bytes | tuple[int, int]], source: PlainFile | GzipFile) -> None:
+    def __init__(self, key: str, parts: dict[str, bytes | tuple[int, int]], source: PlainFile | None) -> None:
         self.key, self.parts, self.source = key, parts, source
 
     def read(self, but: Collection[str] = ()) -> dict[str, bytes]:
@@ -219,7 +220,7 @@ def entries(path: str, report: BadSamples) -> Iterator[Entry]:
         if problem:
             report.add(problem[0], path, key, problem[1])
             return None
-        return Entry(key, parts, source)
+        return Entry(key, parts, source if isinstance(source, PlainFile) else None)
 
     try:
         source = open_source(path)

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import os
+import pickle
 import random
 import shutil
 import subprocess
@@ -16,7 +17,7 @@ import pytest
 from PIL import Image
 
 from mmbackdoor.shards.bad import BadSamples
-from mmbackdoor.shards.loader import Indexed, ShardLoader
+from mmbackdoor.shards.loader import Indexed, Reader, ShardLoader
 from mmbackdoor.shards.read import expand, iterate_shard
 from mmbackdoor.shards.write import ShardWriter
 from mmbackdoor.types import InputError, RunFault
@@ -235,6 +236,16 @@ def test_gzipped_shards_give_the_same_order(hundred, tmp_path, monkeypatch, inde
     for path in expand(hundred):
         (tmp_path / (Path(path).name + ".gz")).write_bytes(gzip.compress(Path(path).read_bytes()))
     assert batches(tmp_path, 12, start_step=4) == batches(hundred, 12, start_step=4)
+
+
+def test_a_reader_of_gzipped_shards_can_be_sent_to_a_spawned_worker(hundred, tmp_path):
+    for path in expand(hundred)[:3]:
+        (tmp_path / (Path(path).name + ".gz")).write_bytes(gzip.compress(Path(path).read_bytes()))
+    loader = ShardLoader(tmp_path, seed=0, batch_size=4, epochs=1)
+    reader = Reader(loader.layout, 0, 1, True, 0, loader._index, None)
+    sent = pickle.loads(pickle.dumps(reader))
+    here, there = ([[row.sample.key for row in part] for part, _ in one.parts(0, 1)] for one in (reader, sent))
+    assert here == there and here
 
 
 def test_no_global_generator_is_touched(hundred):
