@@ -6,13 +6,19 @@ small, and every damage ends the shard with a `Damage` instead of an exception o
 
 from __future__ import annotations
 
+import errno
 import gzip
 import os
+import weakref
 import zlib
+from collections import deque
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
+
+from mmbackdoor.types import RunFault
 
 BLOCK = 512
+MOST_OPEN = 64
 EXTENSION_LIMIT = 1 << 20
 GZIP_FREE = 64 << 20
 GZIP_RATIO = 100
@@ -40,24 +46,58 @@ class Member(NamedTuple):
     folder: bool
 
 
+def _opened(path: str) -> int:
+    """A descriptor. Raises `RunFault` where the process may open no more files: that is no fault of the shard, which must
+    not pass for a bad one."""
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise RunFault(f"{path!r} cannot be opened ({error.strerror}); raise the limit with `ulimit -n`") from error
+        raise
+
+
+class _Handle:
+    """An open file, closed with the object: whoever reads from it holds it."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = -1
+        self.descriptor = _opened(path)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
 class PlainFile:
-    """A tar that can be read at any place. The file is opened at the first read and closed with the object."""
+    """A tar that can be read at any place. Of all such files the `MOST_OPEN` opened last are open; one that was closed
+    is opened again when it is read."""
 
     random_access = True
+    _latest: ClassVar[deque[weakref.ref[PlainFile]]] = deque()
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.size = os.stat(path).st_size
-        self._descriptor = -1
+        self._handle: _Handle | None = None
 
     def read_at(self, offset: int, size: int) -> bytes:
-        if self._descriptor < 0:
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-        data = os.pread(self._descriptor, size, offset)
+        # Another thread may close the file meanwhile, by letting go of the handle.
+        handle = self._handle or self._open()
+        data = os.pread(handle.descriptor, size, offset)
         # pread may return less than asked for on some file systems and above 2 GiB.
-        while len(data) < size and (more := os.pread(self._descriptor, size - len(data), offset + len(data))):
+        while len(data) < size and (more := os.pread(handle.descriptor, size - len(data), offset + len(data))):
             data += more
         return data
+
+    def _open(self) -> _Handle:
+        handle = self._handle = _Handle(self.path)
+        self._latest.append(weakref.ref(self))
+        while len(self._latest) > MOST_OPEN:
+            oldest = self._latest.popleft()()
+            if oldest is not None:
+                oldest._handle = None
+        return handle
 
     def check_extent(self, end: int, member: bytes | None = None) -> None:
         if end > self.size:
@@ -68,12 +108,7 @@ class PlainFile:
 
     def __getstate__(self) -> dict[str, object]:
         # A spawned worker opens the file itself.
-        return {**self.__dict__, "_descriptor": -1}
-
-    def __del__(self) -> None:
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        return {**self.__dict__, "_handle": None}
 
 
 class GzipFile:
@@ -84,7 +119,8 @@ class GzipFile:
     def __init__(self, path: str) -> None:
         self.path = path
         self.limit = max(GZIP_FREE, GZIP_RATIO * os.stat(path).st_size)
-        self._file = gzip.open(path, "rb")
+        self._raw = os.fdopen(_opened(path), "rb")
+        self._file = gzip.GzipFile(fileobj=self._raw)
 
     def read_at(self, offset: int, size: int) -> bytes:
         self.check_extent(offset + size)
@@ -107,11 +143,12 @@ class GzipFile:
     def __del__(self) -> None:
         if "_file" in self.__dict__:
             self._file.close()
+            self._raw.close()
 
 
 def is_gzip(path: str) -> bool:
     """By content, not by name."""
-    with open(path, "rb") as file:
+    with os.fdopen(_opened(path), "rb") as file:
         return file.read(2) == b"\x1f\x8b"
 
 

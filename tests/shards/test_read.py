@@ -4,19 +4,22 @@ import gzip
 import io
 import json
 import os
+import resource
 import struct
 import tarfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from mmbackdoor.shards import read
+from mmbackdoor.shards import read, tar
 from mmbackdoor.shards.bad import BadSamples
 from mmbackdoor.shards.read import ShardIndex, expand, iterate_keys, iterate_shard, read_sizes, shard_sizes
-from mmbackdoor.types import InputError, Sample
-from tests.shards.samples import good, picture, tar_bytes
+from mmbackdoor.types import InputError, RunFault, Sample
+from tests.shards.samples import good, picture, tar_bytes, write_set
 
 
 def samples_of(data: bytes, tmp_path: Path, **options) -> tuple[list[Sample], dict[str, int]]:
@@ -363,3 +366,38 @@ def test_the_index_reads_from_the_middle_and_forgets(hundred, monkeypatch):
 
 def test_keys_are_read_from_the_headers(hundred):
     assert list(iterate_keys(hundred)) == [f"k{number:05d}" for number in range(101)]
+
+
+@contextmanager
+def open_files_up_to(limit: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_an_index_of_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr(tar, "MOST_OPEN", 8)
+    paths = expand(write_set(tmp_path, 200, 1))
+    index, report = ShardIndex(), BadSamples()
+    with open_files_up_to(max(map(int, os.listdir("/proc/self/fd"))) + 20):
+        for _ in range(2):
+            found = [entry.decode().key for path in paths for entry in index.entries(path, report)]
+            assert found == [f"k{number:05d}" for number in range(200)] and not report.total
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_shard_that_may_not_be_opened_for_want_of_descriptors_is_not_called_bad(tmp_path, packed):
+    path = tmp_path / "set-0.tar"
+    path.write_bytes(gzip.compress(tar_bytes(good("a"))) if packed else tar_bytes(good("a")))
+    report = BadSamples()
+    with open_files_up_to(3), pytest.raises(RunFault, match="ulimit"):
+        list(ShardIndex().entries(str(path), report))
+    entry = next(ShardIndex().entries(str(path), report))
+    if not packed:
+        entry.source = tar.PlainFile(str(path))
+        with open_files_up_to(3), pytest.raises(RunFault, match="ulimit"):
+            entry.decode()
+    assert not report.total
