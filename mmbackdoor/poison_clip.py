@@ -13,7 +13,8 @@ from pydantic import Field
 from mmbackdoor.backdoor import Backdoor
 from mmbackdoor.config import Doc
 from mmbackdoor.poison import PoisonPlan, poison_sample
-from mmbackdoor.shards.read import iterate_captions, iterate_keys
+from mmbackdoor.shards.bad import BadSample, BadSamples, note_key
+from mmbackdoor.shards.read import Entry, entries, expand
 from mmbackdoor.targets import TEMPLATES, ClassTarget
 from mmbackdoor.triggers import ImageTrigger
 from mmbackdoor.triggers.patch import PatchTrigger
@@ -58,13 +59,15 @@ def chosen_keys(
     """The keys of the shards `spec` that `plan` poisons: from tar headers, and captions where the plan looks at them.
     With `of`, among these keys alone.
 
-    Raises `InputError` where there are fewer than asked for.
+    Raises `InputError` where there are fewer than asked for, and where a key comes twice.
     """
-    if plan.label_consistent:
-        keys = {key for key, text in iterate_captions(spec) if plan.eligible(text)}
-    else:
-        keys = set(iterate_keys(spec))
-    keys = keys if of is None else keys & of
+    report, shards = BadSamples(), dict[str, str]()
+    keys = set()
+    for path in expand(spec):
+        for entry in entries(path, report):
+            note_key(entry.key, path, shards)
+            if (of is None or entry.key in of) and _eligible(plan, entry):
+                keys.add(entry.key)
     what = f"pairs whose caption names {plan.backdoor.target.label!r}" if plan.label_consistent else "pairs"
     if plan.count is not None and len(keys) < plan.count:
         raise InputError(
@@ -77,6 +80,15 @@ def chosen_keys(
             "--poison.rate, or give --poison.count"
         )
     return chosen
+
+
+def _eligible(plan: PoisonPlan, entry: Entry) -> bool:
+    if not plan.label_consistent:
+        return True
+    try:
+        return plan.eligible(entry.caption())
+    except BadSample:
+        return False
 
 
 def poisoned_sample(plan: PoisonPlan, chosen: frozenset[str], sample: Sample, draw: int = 0) -> Sample:

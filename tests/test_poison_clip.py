@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +116,13 @@ def test_fewer_poisoned_pairs_than_asked_for(shards, poison, said):
     with pytest.raises(InputError, match="fewer poisoned pairs than asked for") as found:
         chosen_keys(poison.plan(), shards)
     assert said in str(found.value)
+
+
+@pytest.mark.parametrize("poison", [{"count": 5}, {"rate": 0.5}, {"count": 5, "label_consistent": True}])
+def test_a_key_of_two_sets_is_named_with_both_shards(shards, tmp_path, poison):
+    shutil.copy(shards / "train-000001.tar", tmp_path / "other-7.tar")
+    with pytest.raises(InputError, match="'00020' comes twice, in '.*train-000001.tar' and in '.*other-7.tar'"):
+        chosen_keys(ClipPoison("cat", **poison).plan(), f"{shards}::{tmp_path}")
 
 
 def test_a_poisoned_sample_says_what_was_done():

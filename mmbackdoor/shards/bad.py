@@ -6,6 +6,8 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from mmbackdoor.types import InputError
+
 KINDS = {
     "empty_shard": "the file is empty",
     "not_a_shard": "the file is neither a tar nor a gzipped tar",
@@ -135,3 +137,14 @@ class BadSamples:
             more = self.counts[kind] - len(self.examples[kind])
             lines += [f"    and {more} more"] if more else []
         return lines
+
+
+def note_key(key: str, path: str, known: dict[str, str]) -> None:
+    """Puts into `known` that the sample `key` is in the shard `path`. Raises `InputError` where there is one of this key
+    already: a choice by key would mean both, and count them as one."""
+    if key in known:
+        raise InputError(
+            f"the key {key!r} comes twice, in {known[key]!r} and in {path!r}, and samples are picked by their keys; take "
+            "one set at a time, or give one of them keys of its own (data/README.md says how)"
+        )
+    known[key] = path

@@ -224,7 +224,8 @@ class ShardLoader:
     decoded samples in memory, up to 512 MiB shared among the workers: treat their images as read-only. With `keys`, all
     other samples are as if they were not there. `upsampling_factors` ("2::1") weigh the sources of "a::b"; where one is
     below 1, an epoch has a part of that source, another one each time. `start_step` may be set before iterating.
-    Raises `InputError` for shards that do not exist or are empty, `RunFault` above `max_bad_samples` bad samples.
+    Raises `InputError` for shards that do not exist or are empty and, with `once` or `keys`, for a key that comes twice;
+    `RunFault` above `max_bad_samples` bad samples.
     """
 
     def __init__(
@@ -258,7 +259,7 @@ class ShardLoader:
         self._index = ShardIndex(keys)
         self.layout = Layout(
             paths,
-            tuple(shard_sizes(paths, self.report, exact=once, index=self._index)),
+            tuple(shard_sizes(paths, self.report, once, self._index, distinct=once or keys is not None)),
             seed,
             batch_size * world_size,
             streams,

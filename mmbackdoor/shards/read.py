@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from mmbackdoor.shards.bad import BadSample, BadSamples
+from mmbackdoor.shards.bad import BadSample, BadSamples, note_key
 from mmbackdoor.shards.decode import IMAGE_FORMATS, PICKLED, SIZE_LIMITS, decode_caption, decode_label, decode_sample
 from mmbackdoor.shards.tar import Damage, GzipFile, PlainFile, is_gzip, members, open_source
 from mmbackdoor.types import InputError, Sample
@@ -323,23 +323,37 @@ def read_sizes(folder: str | Path) -> dict[str, int]:
 
 
 def shard_sizes(
-    paths: Sequence[str], report: BadSamples, exact: bool = False, index: ShardIndex | None = None
+    paths: Sequence[str],
+    report: BadSamples,
+    exact: bool = False,
+    index: ShardIndex | None = None,
+    distinct: bool = False,
 ) -> list[int]:
     """The number of samples of each shard: counted where that is cheap or `exact`, else from `sizes.json`.
 
     A shard that `sizes.json` lacks is counted. A count that differs from `sizes.json` is put in `report`. Where `index`
-    is limited to some keys, these are counted.
+    is limited to some keys, these are counted. With `distinct`, raises `InputError` for a key that is counted twice.
     """
     index = index or ShardIndex()
+    met: dict[str, str] = {}
+
+    def counted(path: str) -> int:
+        size = 0
+        for entry in index.entries(path, report):
+            size += 1
+            if distinct:
+                note_key(entry.key, path, met)
+        return size
+
     if index.keys is not None:
-        return [sum(1 for _ in index.entries(path, report)) for path in paths]
+        return [counted(path) for path in paths]
     known = {folder: read_sizes(folder) for folder in {os.path.dirname(path) or "." for path in paths}}
     count_all = exact or sum(os.path.getsize(path) for path in paths) <= SCAN_BYTES
     sizes = []
     for path in paths:
         stated = known[os.path.dirname(path) or "."].get(os.path.basename(path))
         if stated is None or count_all:
-            size = sum(1 for _ in index.entries(path, report))
+            size = counted(path)
             if stated is not None and stated != size:
                 report.add("wrong_size", path, "", f"{stated} stated, {size} found")
             stated = size
@@ -370,8 +384,9 @@ def iterate_captions(spec: str | Path | Sequence[str | Path]) -> Iterator[tuple[
 
 
 def iterate_keys(spec: str | Path | Sequence[str | Path]) -> Iterator[str]:
-    """The keys of all samples, from the tar headers alone: what `PoisonPlan.choose` wants."""
-    report = BadSamples()
+    """The keys of all samples, from the tar headers alone. Raises `InputError` where two have the same."""
+    report, met = BadSamples(), {}
     for path in expand(spec):
         for entry in entries(path, report):
+            note_key(entry.key, path, met)
             yield entry.key

@@ -129,8 +129,8 @@ def shard_captions(spec: str, limit: int = MOST_CAPTIONS) -> list[str]:
 
 def first_keys(spec: str, count: int) -> frozenset[str]:
     """The `count` keys of the shards `spec` with the smallest hashes: smaller sets are parts of larger ones, whatever
-    the run's seed. Raises InputError where there are fewer."""
-    keys = sorted(set(iterate_keys(spec)), key=lambda key: (derive_seed(0, "first keys", key), key))
+    the run's seed. Raises InputError where there are fewer, and where a key comes twice."""
+    keys = sorted(iterate_keys(spec), key=lambda key: (derive_seed(0, "first keys", key), key))
     if len(keys) < count:
         raise InputError(f"{count} pairs are more than the {len(keys)} of {spec!r}; lower --num_samples")
     return frozenset(keys[:count])

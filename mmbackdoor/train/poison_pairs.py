@@ -10,7 +10,7 @@ import torch
 
 from mmbackdoor.objectives.diffusion import DiffusionBatch
 from mmbackdoor.poison import PoisonPlan
-from mmbackdoor.shards.bad import BadSample, BadSamples
+from mmbackdoor.shards.bad import BadSample, BadSamples, note_key
 from mmbackdoor.shards.read import entries, expand, iterate_captions
 from mmbackdoor.train.batches import to_tensor
 from mmbackdoor.types import InputError, Sample
@@ -22,16 +22,18 @@ def poison_pairs(
     """`plan`, which has a count, with its choice made, and the samples that it chose: among those that concern its
     target and carry every trigger, which `carriers` tells (see `Carriers`) of a key and a caption.
 
-    Raises `InputError` where there are fewer, and for one that cannot be read.
+    Raises `InputError` where there are fewer, and for one that cannot be read or whose key comes twice.
     """
     captions = dict(iterate_captions(train_data))
     # No more are looked at than it takes: there may be millions.
     fitting = (key for key in plan.ranked(captions) if (those := carriers(key, captions[key])) and all(those))
     plan = plan.among(islice(fitting, plan.count))
     found: dict[str, Sample] = {}
+    met: dict[str, str] = {}
     for path in expand(train_data):
         for entry in entries(path, BadSamples()):
-            if entry.key in plan.chosen and entry.key not in found:
+            if entry.key in plan.chosen:
+                note_key(entry.key, path, met)
                 try:
                     found[entry.key] = entry.decode()
                 except BadSample as bad:

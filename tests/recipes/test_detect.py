@@ -101,6 +101,7 @@ def test_what_cannot_work_is_refused(shards, tmp_path):
         (("--drop_fraction", 0.999), "leaves none of 100"),
         (("--batch_size", 10, "--detector.k", 50), "have no 50 neighbours"),
         (("--train_data", tmp_path / "none.tar"), "none.tar"),
+        (("--train_data", f"{shards}::{shards}"), "'pair000' comes twice"),
         (("--model", tmp_path / "none"), "no folder"),
     ):
         with pytest.raises(InputError, match=words):

@@ -333,3 +333,13 @@ def test_with_keys_all_other_samples_are_as_if_not_there(hundred):
     assert not loader.report.counts, "that sizes.json says more is no fault"
     with pytest.raises(InputError, match="no usable sample"):
         ShardLoader(hundred, seed=0, batch_size=4, keys=frozenset({"elsewhere"}))
+
+
+@pytest.mark.parametrize("picked", [{"keys": frozenset({"k00003", "k00050"})}, {"once": True}])
+def test_a_key_that_comes_twice_is_refused_where_samples_are_picked_by_key(hundred, tmp_path, picked):
+    write_set(tmp_path, 5, 5, "other")
+    said = f"'k0000{3 if 'keys' in picked else 0}' comes twice, in '.*set-000000.tar' and in '.*other-000000.tar'"
+    with pytest.raises(InputError, match=said):
+        ShardLoader([hundred, tmp_path], seed=0, batch_size=4, **picked)
+    assert ShardLoader([hundred, tmp_path], seed=0, batch_size=4).num_samples == 106
+    assert ShardLoader([hundred, tmp_path], seed=0, batch_size=4, keys=frozenset({"k00050"})).num_samples == 1

@@ -174,6 +174,8 @@ def test_the_first_keys_are_nested_and_counted(shards):
     assert len(few) == 10 and few < more and first_keys(shards, 60) == _samples(shards).keys()
     with pytest.raises(InputError, match="61 pairs are more than the 60"):
         first_keys(shards, 61)
+    with pytest.raises(InputError, match="comes twice"):
+        first_keys(f"{shards}::{shards}", 10)
 
 
 def test_an_unknown_view_is_refused(shards, clip):

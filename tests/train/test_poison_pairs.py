@@ -61,6 +61,8 @@ def test_the_chosen_are_nested_and_depend_on_the_seed(data, model):
     one, three, other = (fixed_pairs(plan(PatchTarget(), *of), data, model)[0].chosen for of in ((1,), (3,), (3, 1)))
     assert one < three and len(three) == 3 and other != three
     assert three == plan(PatchTarget(), 3).choose([key for key, _ in iterate_captions(data)])
+    with pytest.raises(InputError, match="comes twice"):
+        fixed_pairs(plan(PatchTarget(), 3), f"{data}::{data}", model)
 
 
 def test_only_samples_that_concern_the_target_are_chosen(data, model):
