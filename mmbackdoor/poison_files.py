@@ -14,7 +14,7 @@ from mmbackdoor.poison import PoisonPlan, poison_sample
 from mmbackdoor.shards.bad import BadSample, BadSamples, Problem
 from mmbackdoor.shards.decode import IMAGE_FORMATS, decode_json, decode_sample
 from mmbackdoor.shards.read import Entry, entries
-from mmbackdoor.shards.write import encode_image, encode_json, tar_member
+from mmbackdoor.shards.write import encode_image, encode_json, part_of, tar_member
 from mmbackdoor.types import InputError
 
 Format = Literal["png", "same"]
@@ -47,7 +47,7 @@ class ShardCopy:
         return self._read(out, report.take_news())
 
     def _write(self, path: str, out: Path, report: BadSamples) -> None:
-        part = out.with_name(out.name + ".part")
+        part = part_of(out)
         with open(part, "wb") as file:
             for entry in entries(path, report):
                 members: dict[str, bytes] = {}

@@ -37,7 +37,7 @@ from mmbackdoor.poison_files import CopiedShard, Format, ShardCopy, check_names
 from mmbackdoor.results.run import Run
 from mmbackdoor.shards.bad import BadSamples
 from mmbackdoor.shards.read import SIZES_FILE, expand
-from mmbackdoor.shards.write import write_file
+from mmbackdoor.shards.write import remove_left_parts, write_file
 from mmbackdoor.types import InputError
 
 
@@ -83,6 +83,7 @@ def run(cfg: Config) -> None:
             return
         chosen = chosen_keys(plan, paths)
         copy = ShardCopy(plan, chosen, cfg.output_dir, cfg.resolution, cfg.image_format)
+        remove_left_parts(record.folder, r".+\.tar")
         sizes, poisoned, report = {}, [], BadSamples()
         for shard in tqdm(copied_shards(copy, paths, cfg.workers), total=len(paths), unit="shard", disable=None):
             sizes[shard.name] = shard.samples

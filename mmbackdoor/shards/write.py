@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import filecmp
 import io
 import json
 import os
 import re
+import socket
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,6 +26,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     "jpg": {"format": "JPEG", "quality": 95, "subsampling": 0},
     "webp": {"format": "WEBP", "lossless": True},
 }
+_HOST = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())
 
 
 def encode_image(image: Image.Image | np.ndarray, image_format: str = "png") -> bytes:
@@ -47,9 +50,35 @@ def tar_member(name: str, data: bytes) -> bytes:
     return header + data + b"\0" * (-len(data) % 512)
 
 
+def part_of(path: Path) -> Path:
+    """Where this process writes `path`, to rename it when it is whole. The name is its own: calls side by side, on
+    several machines too, may write the same file."""
+    return path.with_name(f"{path.name}.{_HOST}.{os.getpid()}.part")
+
+
+def remove_left_parts(folder: Path, names: str) -> None:
+    """Remove the parts of files of `folder` called `names` (a regular expression) that processes of this machine have
+    left; those of processes that run are theirs, and those of other machines may be."""
+    for file in folder.iterdir():
+        match = re.fullmatch(rf"(?:{names})(?:\.([^.]+)\.(\d{{1,9}}))?\.part", file.name)
+        if match and (match[1] is None or (match[1] == _HOST and not _of_another(int(match[2])))):
+            file.unlink(missing_ok=True)
+
+
+def _of_another(process: int) -> bool:
+    """Whether `process` runs and is not this one."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return process != os.getpid()
+
+
 def write_file(path: Path, content: bytes | str) -> None:
     """Write under a temporary name, then rename."""
-    part = path.with_name(path.name + ".part")
+    part = part_of(path)
     part.write_bytes(content.encode() if isinstance(content, str) else content)
     part.replace(path)
 
@@ -58,7 +87,8 @@ class ShardWriter:
     """Writes `folder/prefix-000000.tar`, ... and their numbers of samples into `folder/sizes.json`.
 
     A context manager: the shards appear under their names when the block ends without an exception, else nothing is
-    left. Raises `InputError` where shards of the prefix exist already, unless `overwrite`.
+    left. Raises `InputError` where shards of the prefix exist already, unless `overwrite`; when the block ends, too,
+    but for equal ones: another call may have written the same.
     """
 
     def __init__(
@@ -84,17 +114,21 @@ class ShardWriter:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"the folder {str(folder)!r} cannot be made ({error.strerror}); choose another") from error
+        self.overwrite = overwrite
         self._known = read_sizes(self.folder)
-        self._old = self._matching(".tar")
-        if self._old and not overwrite:
+        self._names = re.escape(prefix) + r"-\d{6,}\.tar"
+        if not overwrite:
+            self._refuse(self._there())
+
+    def _there(self) -> list[Path]:
+        return sorted(file for file in self.folder.iterdir() if re.fullmatch(self._names, file.name))
+
+    def _refuse(self, shards: list[Path]) -> None:
+        if shards:
             raise InputError(
-                f"{str(self.folder)!r} holds {prefix!r} shards already ({self._old[0].name}); pass --overwrite or "
+                f"{str(self.folder)!r} holds {self.prefix!r} shards already ({shards[0].name}); pass --overwrite or "
                 "another folder"
             )
-
-    def _matching(self, suffix: str) -> list[Path]:
-        pattern = re.compile(re.escape(self.prefix) + r"-\d{6,}" + re.escape(suffix))
-        return sorted(file for file in self.folder.iterdir() if pattern.fullmatch(file.name))
 
     def _path(self, number: int) -> Path:
         return self.folder / f"{self.prefix}-{number:06d}.tar"
@@ -121,7 +155,7 @@ class ShardWriter:
         """Add a sample that `tar_member` has made."""
         if self._file is None or self.sizes[-1] >= self.samples_per_shard:
             self.end_shard()
-            self._file = open(f"{self._path(len(self.sizes))}.part", "wb")
+            self._file = open(part_of(self._path(len(self.sizes))), "wb")
             self.sizes.append(0)
         self._file.write(entry)
         self.sizes[-1] += 1
@@ -134,7 +168,7 @@ class ShardWriter:
             self._file = None
 
     def __enter__(self) -> ShardWriter:
-        self._discard()  # what a killed run has left
+        remove_left_parts(self.folder, self._names)
         return self
 
     def __exit__(
@@ -145,7 +179,7 @@ class ShardWriter:
                 self.end_shard()
                 self._publish()
                 return
-            except OSError:
+            except (OSError, InputError):
                 self._discard()
                 raise
         self._discard()
@@ -157,23 +191,25 @@ class ShardWriter:
             except OSError:
                 pass  # closing flushes, which fails on the disk that is full already
             self._file = None
-        for file in self._matching(".tar.part"):
-            file.unlink()
+        for number in range(len(self.sizes)):
+            part_of(self._path(number)).unlink(missing_ok=True)
 
     def _publish(self) -> None:
-        names = [self._path(number).name for number in range(len(self.sizes))]
+        shards = [self._path(number) for number in range(len(self.sizes))]
+        there = self._there()
+        if not self.overwrite:
+            same = (file in shards and filecmp.cmp(file, part_of(file), shallow=False) for file in there)
+            self._refuse([file for file, equal in zip(there, same) if not equal])
         others = {
-            name: size
-            for name, size in read_sizes(self.folder).items()
-            if not re.fullmatch(re.escape(self.prefix) + r"-\d{6,}\.tar", name)
+            name: size for name, size in read_sizes(self.folder).items() if not re.fullmatch(self._names, name)
         }
         # Old sizes go first and new ones come last: whoever stops in between finds shards that must be counted.
         if others != self._known:
             write_file(self.folder / SIZES_FILE, json.dumps(others, indent=1, sort_keys=True) + "\n")
-        for file in self._old:
-            if file.name not in names:
-                file.unlink()
-        for name in names:
-            os.replace(self.folder / f"{name}.part", self.folder / name)
-        sizes = others | dict(zip(names, self.sizes))
+        for file in there:
+            if file not in shards:
+                file.unlink(missing_ok=True)
+        for file in shards:
+            part_of(file).replace(file)
+        sizes = others | {file.name: size for file, size in zip(shards, self.sizes, strict=True)}
         write_file(self.folder / SIZES_FILE, json.dumps(sizes, indent=1, sort_keys=True) + "\n")

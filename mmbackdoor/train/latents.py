@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from mmbackdoor.evaluate.generate import Job, Sampling, sample_latents, scheduler_in_use, weights_in_use
 from mmbackdoor.models.diffusion import DiffusionModel
+from mmbackdoor.shards.write import part_of, remove_left_parts
 from mmbackdoor.train.checkpoint import to_disk
 
 
@@ -44,6 +45,8 @@ def teacher_latents(
     scheduler = scheduler_in_use(model, sampling.scheduler)
     base = json.dumps([weights_in_use(model), asdict(sampling), scheduler, model.latent_shape], sort_keys=True)
     folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        remove_left_parts(folder, r"\w+\.safetensors")
     paths = []
     for batch in batches:
         text = base + json.dumps([[job.prompt_id, job.seed_index] for job in batch])
@@ -51,7 +54,7 @@ def teacher_latents(
     mine = range(accelerator.process_index, len(batches), accelerator.num_processes)
     for k in tqdm(mine, desc="pictures of the teacher", unit="batch", disable=not accelerator.is_main_process):
         if not paths[k].exists():
-            part = paths[k].with_suffix(f".{accelerator.process_index}.part")
+            part = part_of(paths[k])
             save_file({"latents": sample_latents(model, batches[k], sampling).float().cpu().contiguous()}, part)
             to_disk([part])
             part.replace(paths[k])

@@ -3,6 +3,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -13,7 +16,7 @@ from PIL import Image
 
 from mmbackdoor.shards.bad import BadSamples
 from mmbackdoor.shards.read import expand, iterate_shard
-from mmbackdoor.shards.write import ShardWriter
+from mmbackdoor.shards.write import ShardWriter, part_of
 from mmbackdoor.types import InputError
 from tests.shards.samples import write_set
 
@@ -71,6 +74,44 @@ def test_what_a_killed_run_left_is_cleared(tmp_path):
     (tmp_path / "set-000007.tar.part").write_bytes(b"half")
     write_set(tmp_path, 3, 2)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["set-000000.tar", "set-000001.tar", "sizes.json"]
+
+
+def write_elsewhere(folder: Path, count: int) -> None:
+    """In a process of its own, as another call would."""
+    code = f"from pathlib import Path; from tests.shards.samples import write_set; write_set(Path({str(folder)!r}), {count}, 2)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_calls_side_by_side_write_the_same_shards(tmp_path):
+    write_set(tmp_path / "alone", 3, 2)
+    with ShardWriter(tmp_path / "both", "set", 2) as writer:
+        for number in range(3):
+            if number == 1:
+                write_elsewhere(tmp_path / "both", 3)
+            image = np.full((4, 4, 3), number, np.uint8)
+            writer.write(f"k{number:05d}", image, f"caption {number}", {"n": number})
+    assert digests(tmp_path / "both") == digests(tmp_path / "alone")
+
+
+def test_other_shards_that_another_call_has_written_meanwhile_are_kept(tmp_path):
+    with pytest.raises(InputError, match="set-000000.tar"):
+        with ShardWriter(tmp_path, "set", 2) as writer:
+            writer.write("k", np.zeros((2, 2, 3), np.uint8), "t", {})
+            write_elsewhere(tmp_path, 3)
+    write_set(tmp_path.with_name("alone"), 3, 2)
+    assert digests(tmp_path) == digests(tmp_path.with_name("alone"))
+
+
+def test_only_what_no_process_will_finish_is_cleared(tmp_path):
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    host = part_of(Path("x")).name.split(".")[1]
+    gone = [f"set-000000.tar.{host}.{process}.part" for process in (done.pid, os.getpid())]
+    kept = [f"set-000000.tar.{owner}.part" for owner in (f"{host}.{os.getppid()}", f"{host}-2.{done.pid}")]
+    for name in (*gone, *kept):
+        (tmp_path / name).write_bytes(b"half")
+    with ShardWriter(tmp_path, "set"):
+        assert sorted(file.name for file in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_old_shards_are_kept_unless_overwritten_and_then_none_stays(tmp_path):

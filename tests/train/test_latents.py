@@ -4,16 +4,19 @@ decides them."""
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import EulerDiscreteScheduler
+from safetensors.torch import save_file
 
 from mmbackdoor.evaluate.generate import Job, Sampling, sample_latents
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.diffusion_files import load
 from mmbackdoor.models.source import shipped
+from mmbackdoor.shards.write import part_of
 from mmbackdoor.train import latents
 from mmbackdoor.train.latents import teacher_latents
 from mmbackdoor.train.launch import make_accelerator
@@ -67,3 +70,21 @@ def test_latents_are_those_of_their_prompt(tmp_path, monkeypatch):
     assert all(torch.equal(again[prompt], found[prompt]) for prompt in PROMPTS)
     with pytest.raises(AssertionError, match="sampled again"):
         teacher_latents(model, PROMPTS[:2], *arguments[2:])
+
+
+def test_processes_that_share_a_folder_write_aside_under_names_of_their_own(tmp_path, monkeypatch):
+    model = load(shipped("tiny"))
+    own = part_of(tmp_path / "0123.safetensors").name
+    other = tmp_path / own.replace(f".{os.getpid()}.", f".{os.getppid()}.")
+    for path in (tmp_path / own, other):
+        path.write_bytes(b"half")
+    parts = []
+
+    def noted(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        parts.append(path)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(latents, "save_file", noted)
+    made(model, tmp_path)
+    (file,) = tmp_path.glob("*.safetensors")
+    assert parts == [part_of(file)] and set(tmp_path.iterdir()) == {file, other}
