@@ -10,7 +10,7 @@ Removals: cleanclip (Bansal et al. 2023, arXiv 2303.03323), finetune, ssl_only, 
         accelerate launch -q recipes/clean_clip.py --model FOLDER --train_data 'clean-{000000..000009}.tar' \\
             --keep_keys runs/detected/kept.txt --defense cleanclip --lr 1e-5 --batch-size 64 --precision bf16 \\
             --dataloader_num_workers 8 --output_dir runs/cleaned_clip
-    8 GPUs: the same with `accelerate launch -q --num_processes 8`; negatives come from all of them.
+    8 GPUs: the same with `accelerate launch -q --num_processes 8`, `--dataloader_num_workers 6` (negatives from all).
 
 One stray poisoned pair in 100 000 can keep a backdoor alive: filter first (recipes/detect.py, --keep_keys). How much is
 left depends on the rate: try several, and measure each with recipes/evaluate_clip.py.

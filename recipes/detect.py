@@ -9,7 +9,8 @@ Detectors: dao, slof, k_dist (local outliers inside a random batch; Huang et al.
     1 GPU:
         accelerate launch -q recipes/detect.py --model FOLDER --train_data 'cc3m-{000000..000331}.tar' --precision bf16 \\
             --batch_size 2048 --drop_fraction 0.01 --dataloader_num_workers 12 --output_dir runs/detected
-    8 GPUs: the same with `accelerate launch -q --num_processes 8`: each process encodes its part of every batch.
+    8 GPUs: the same with `accelerate launch -q --num_processes 8` and `--dataloader_num_workers 6`:
+        each process encodes its part of every batch.
 
 Local outliers are found where a batch has fewer poisoned pairs than a neighbourhood has places (--detector.k, 16): more
 of them are a cluster of their own. In batches of 2048 that is up to 0.5 % of the data.
@@ -37,6 +38,7 @@ from mmbackdoor.evaluate.detection import encoded_batches, judge, score_batches,
 from mmbackdoor.models.clip_flags import ClipFlags
 from mmbackdoor.results.run import Run
 from mmbackdoor.shards.loader import ShardLoader
+from mmbackdoor.shards.order import STREAMS
 from mmbackdoor.shards.write import write_file
 from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.types import InputError
@@ -53,6 +55,7 @@ class Config:
     drop_fraction: Annotated[float, Field(gt=0, lt=1), Doc("share of the samples, the most suspicious, to leave out")] = 0.05
     mixed_precision: Annotated[Literal["no", "bf16", "fp16"], Doc("of the encoders")] = "no"
     dataloader_num_workers: Annotated[int, Field(ge=0)] = 0
+    streams: Annotated[int, Field(ge=1), Doc("parts that shards are read in: at least processes x workers")] = STREAMS
     output_dir: str = "runs/detected"
     seed: int = 0
 
@@ -64,7 +67,7 @@ def open_data(cfg: Config, rank: int, world_size: int) -> ShardLoader:
         raise InputError(f"--batch_size {cfg.batch_size} cannot be shared evenly by {world_size} processes; give a multiple")
     return ShardLoader(
         cfg.train_data, seed=cfg.seed, batch_size=cfg.batch_size // world_size, rank=rank, world_size=world_size,
-        num_workers=cfg.dataloader_num_workers, once=True, shuffle=True,
+        num_workers=cfg.dataloader_num_workers, streams=cfg.streams, once=True, shuffle=True,
     )
 
 
@@ -92,7 +95,9 @@ def run(cfg: Config) -> None:
 
 
 def describe(found: dict[str, float | int | None]) -> str:
-    text = f"{found['dropped']} of {found['samples']} pairs are to be left out (score {found['threshold']:.4g} and above)"
+    text = f"{found['dropped']} of {found['samples']} pairs are to be left out"
+    # A small share of few pairs is none of them.
+    text += f" (score {found['threshold']:.4g} and above)" if found["dropped"] else "; raise --drop_fraction"
     if "auroc" in found:
         text += (
             f"; AUROC {found['auroc']:.4f}, {found['poisoned_dropped']} of {found['poisoned']} poisoned pairs are among them"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from mmbackdoor import recipe_files
 from mmbackdoor.config import parse
 from mmbackdoor.evaluate.detection import Scored, judge, split
 from mmbackdoor.seeding import numpy_rng
+from mmbackdoor.shards.order import STREAMS, check_readers
 from mmbackdoor.shards.read import iterate_keys
 from mmbackdoor.shards.shapes import all_scenes, caption, render
 from mmbackdoor.shards.write import ShardWriter
@@ -60,6 +62,24 @@ def test_wrong_captions_are_found_and_the_lists_are_whole(shards, tmp_path, caps
     assert {line["key"] for line in lines[:10]} == dropped
     # The last batch of 4 is joined to the one before.
     assert {line["batch"] for line in lines} == {0, 1, 2, 3}
+
+
+def test_a_share_that_is_no_pair_drops_none(shards, tmp_path, capsys):
+    flags = (*COSINE, "--drop_fraction", 0.001, "--streams", 3)
+    found = run(shards, tmp_path / "run", *flags)
+    assert (found["kept"], found["dropped"], found["threshold"]) == (100, 0, None)
+    assert "0 of 100 pairs are to be left out; raise --drop_fraction" in capsys.readouterr().out
+    with pytest.raises(InputError, match="4 workers .* or give --streams 4"):
+        run(shards, tmp_path / "more", *flags, "--dataloader_num_workers", 4)
+
+
+@pytest.mark.parametrize("recipe", ["detect", "clean_clip"])
+def test_the_streams_feed_the_documented_gpus(recipe):
+    one, eight = recipe_files.load(recipe).__doc__.split("    8 GPUs: ")
+    number = re.compile(r"--(num_processes|dataloader_num_workers) (\d+)")
+    check_readers(STREAMS, 1, int(dict(number.findall(one))["dataloader_num_workers"]))
+    counts = dict(number.findall(one)) | dict(number.findall(eight.split("\n\n")[0]))
+    check_readers(STREAMS, int(counts["num_processes"]), int(counts["dataloader_num_workers"]))
 
 
 @pytest.mark.parametrize("name", ["dao", "slof", "k_dist"])
