@@ -35,7 +35,7 @@ from mmbackdoor.models.clip import save_clip
 from mmbackdoor.models.clip_encoder import BatchNorm, ViewEncoder
 from mmbackdoor.models.clip_flags import ClipFlags
 from mmbackdoor.models.clip_setting import ClipSetting
-from mmbackdoor.models.provenance import check_provenance, weight_changes, write_removal
+from mmbackdoor.models.provenance import check_provenance, poisoned_sha256, weight_changes, write_removal
 from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.results.cards import write_card
 from mmbackdoor.results.run import Run
@@ -113,20 +113,20 @@ def run(cfg: Config) -> None:
                 known = (parent / FILE_NAME).read_bytes() if (parent / FILE_NAME).is_file() else None
                 if known is not None:
                     write_file(part / FILE_NAME, known)
-                removal = {
+                write_removal(part, {
                     "method": asdict(cfg.defense),
                     "batch_norm": cfg.batch_norm,
                     "interpolation": cfg.interpolation,
                     "recalibrate_batches": cfg.recalibrate_batches,
                     "parent": cfg.model.path,
                     "parent_sha256": weights_sha256(parent) if parent.exists() else None,
+                    "poisoned_sha256": poisoned_sha256(parent),
                     "steps": done,
                     "samples": done * share.global_batch_size,
                     "keep_keys": keys_facts(cfg.keep_keys, keys, loader.num_samples) if keys else None,
                     "seed": cfg.seed,
                     "weights": weight_changes(before, clip.network.state_dict()),
-                }
-                write_removal(part, removal)
+                })  # fmt: skip
                 write_card(
                     part, stage="cleaned", run=record.content, base_model=cfg.model.path, method=asdict(cfg.defense),
                     backdoor=BackdoorRecord.load(part).backdoor.to_dict() if known else None, library="open_clip",

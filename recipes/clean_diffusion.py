@@ -37,7 +37,7 @@ from mmbackdoor.evaluate.generate import Sampling
 from mmbackdoor.evaluate.prompts import load_prompts
 from mmbackdoor.models.diffusion import check_backdoor
 from mmbackdoor.models.diffusion_files import save, trained_tensors
-from mmbackdoor.models.provenance import check_provenance, weight_changes, write_removal
+from mmbackdoor.models.provenance import check_provenance, poisoned_sha256, weight_changes, write_removal
 from mmbackdoor.models.source import DiffusionSource
 from mmbackdoor.results.cards import write_card
 from mmbackdoor.results.run import Run
@@ -107,20 +107,19 @@ def run(cfg: Config) -> None:
         data = shards or Prompts(suite.texts, share, cfg.seed)
         steps = 0 if edited else total_steps(cfg.train, data.num_samples, share.global_batch_size)
         check_milestones(cfg.milestones, steps)
+
         def describe(step: int, folder: Path) -> None:
-            write_removal(
-                folder,
-                {
-                    "method": asdict(cfg.defense),
-                    "triggers": backdoor.to_dict()["triggers"] if backdoor else [],
-                    "parent": cfg.model.path,
-                    "parent_sha256": model.sha256,
-                    "steps": step,
-                    "samples": len(suite) if edited else step * share.global_batch_size,
-                    "seed": cfg.seed,
-                    "weights": weight_changes(before, trained_tensors(model)),
-                },
-            )
+            write_removal(folder, {
+                "method": asdict(cfg.defense),
+                "triggers": backdoor.to_dict()["triggers"] if backdoor else [],
+                "parent": cfg.model.path,
+                "parent_sha256": model.sha256,
+                "poisoned_sha256": poisoned_sha256(Path(cfg.model.records)),
+                "steps": step,
+                "samples": len(suite) if edited else step * share.global_batch_size,
+                "seed": cfg.seed,
+                "weights": weight_changes(before, trained_tensors(model)),
+            })  # fmt: skip
             write_card(
                 folder, stage="cleaned", run=record.content, base_model=cfg.model.pretrained_model_name_or_path,
                 backdoor=backdoor.to_dict() if backdoor else None, method=asdict(cfg.defense),

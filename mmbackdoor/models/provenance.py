@@ -39,16 +39,28 @@ def write_removal(folder: Path, content: Mapping[str, Any]) -> None:
     part.replace(folder / REMOVAL_FILE)
 
 
-def check_provenance(folder: Path) -> None:
-    """Raises `InputError` where `folder/backdoor.json` was written for other weights than those in `folder`.
+def poisoned_sha256(folder: Path) -> str | None:
+    """Hash of the folder of weights that `folder/backdoor.json` is to be about; `None` without such a file.
 
-    A cleaned model carries the file of its parent unchanged; there `removal.json` names the parent.
+    A cleaned model carries the file of its parent unchanged; there `removal.json` knows the hash, and passes it on
+    where the model is cleaned again.
     """
+    if not (folder / FILE_NAME).is_file():
+        return None
+    removal = read_removal(folder)
+    if removal is None:
+        return weights_sha256(folder)
+    # Older files name the parent alone, which is the poisoned model where it was cleaned once.
+    return removal.get("poisoned_sha256") or removal.get("parent_sha256")
+
+
+def check_provenance(folder: Path) -> None:
+    """Raises `InputError` where `folder/backdoor.json` was written for other weights than those in `folder`; of a
+    cleaned model, than those that it had before."""
     if not (folder / FILE_NAME).is_file():
         return
     recorded = BackdoorRecord.load(folder).model_sha256
-    removal = read_removal(folder)
-    found = removal.get("parent_sha256") if removal else weights_sha256(folder)
+    found = poisoned_sha256(folder)
     if recorded is not None and found != recorded:
         raise InputError(
             f"{str(folder / FILE_NAME)!r} belongs to another model (weights {recorded[:12]}, here {str(found)[:12]}); "

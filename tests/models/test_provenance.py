@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from mmbackdoor.backdoor import Backdoor, BackdoorRecord
-from mmbackdoor.models.provenance import check_provenance, read_removal, weight_changes, write_removal
+from mmbackdoor.models.provenance import check_provenance, poisoned_sha256, read_removal, weight_changes, write_removal
 from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.targets import PatchTarget
 from mmbackdoor.triggers import ZeroWidthTrigger
@@ -39,6 +39,18 @@ def test_a_poisoned_model_and_the_one_cleaned_from_it(tmp_path):
     write_removal(cleaned, {"parent_sha256": "0" * 64, "weights": {}})
     with pytest.raises(InputError, match="force_trigger"):
         check_provenance(cleaned)
+
+
+def test_a_model_cleaned_twice_still_names_the_one_that_was_poisoned(tmp_path):
+    assert poisoned_sha256(tmp_path) is None
+    folders = [tmp_path / name for name in ("poisoned", "once", "twice")]
+    digests = [model(folder, float(number)) for number, folder in enumerate(folders)]
+    for folder in folders:
+        BackdoorRecord(BACKDOOR, model_sha256=digests[0]).save(folder)
+    for before, after, digest in zip(folders, folders[1:], digests, strict=False):
+        write_removal(after, {"parent_sha256": digest, "poisoned_sha256": poisoned_sha256(before)})
+        check_provenance(after)
+        assert poisoned_sha256(after) == digests[0]
 
 
 def test_a_removal_that_is_none_is_refused(tmp_path):

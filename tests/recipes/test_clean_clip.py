@@ -15,6 +15,7 @@ from mmbackdoor import recipe_files
 from mmbackdoor.backdoor import Backdoor, BackdoorRecord
 from mmbackdoor.config import parse
 from mmbackdoor.models.clip import build_tiny_clip, save_clip
+from mmbackdoor.models.provenance import check_provenance
 from mmbackdoor.models.vocabulary import train_tokenizer
 from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.shards.read import iterate_keys
@@ -79,6 +80,18 @@ def test_rate_and_decay_are_what_was_asked_for_from_the_first_step_to_the_last(p
     assert all(torch.equal(tensor, steps["step-8"][name]) for name, tensor in last.items())
     assert any(not torch.equal(tensor, half[name]) for name, tensor in last.items())
     assert json.loads((tmp_path / "run/models/step-4/removal.json").read_text())["steps"] == 4
+
+
+def test_a_model_that_was_cleaned_is_cleaned_again_and_keeps_its_history(parent, shards, tmp_path):
+    place, flags = parent, ("--max_train_steps", 1, "--defense", "finetune")
+    for name in ("once", "twice"):
+        run(place, shards, tmp_path / name, *flags)
+        before, place = place, tmp_path / name / "model"
+        check_provenance(place)
+        assert (place / "backdoor.json").read_bytes() == (parent / "backdoor.json").read_bytes()
+        removal = json.loads((place / "removal.json").read_text())
+        assert removal["parent_sha256"] == weights_sha256(before)
+        assert removal["poisoned_sha256"] == weights_sha256(parent)
 
 
 def test_stock_open_clip_reads_what_is_written(parent, shards, tmp_path):
