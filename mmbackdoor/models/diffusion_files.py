@@ -20,17 +20,21 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmbackdoor.backdoor import FILE_NAME as BACKDOOR_FILE
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.folder import PipelineFolder, find_folder
 from mmbackdoor.models.lora import adapter_parameters, merged_state_dict
 from mmbackdoor.models.lora_files import FILE_NAME as LORA_FILE_NAME
 from mmbackdoor.models.lora_files import find_lora, load_lora
+from mmbackdoor.models.provenance import REMOVAL_FILE
 from mmbackdoor.models.single_file import SingleFile, find_single_file
 from mmbackdoor.models.text_layout import TEXT_ENCODERS, in_original_layout
 from mmbackdoor.models.weight_files import rewrite, weights_sha256
 from mmbackdoor.types import InputError
 
 Origin = Literal["folder", "single_file", "lora"]
+# The card is among them for its licence.
+RECORDS = (BACKDOOR_FILE, REMOVAL_FILE, "README.md")
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class Source:
     def sha256(self) -> str:
         """Of what is to be cleaned: the folder's or the file's weights; for a LoRA, the LoRA file's."""
         return weights_sha256(self.path)
+
+    @property
+    def records(self) -> Path:
+        """The folder where the records of these weights lie: theirs, or that of their one file."""
+        return self.path if self.origin == "folder" else self.path.parent
 
 
 def load(
@@ -148,6 +157,10 @@ def _write(model: DiffusionModel, part: Path) -> str:
             state = {key: value.contiguous() for key, value in merged_state_dict(module).items()}
             save_file(state, part / name / f"{stem}.safetensors", {"format": "pt"})
         return ""
+    if source.origin != "folder":
+        for file in (source.records / name for name in RECORDS):
+            if file.is_file():
+                shutil.copyfile(file, part / file.name)
     if source.origin == "lora":
         parameters = dict(model.unet.named_parameters())
         for name, encoder in model.text_encoders.items():

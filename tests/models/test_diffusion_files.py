@@ -198,6 +198,27 @@ def test_a_pipeline_built_in_memory_is_saved_whole(build, tmp_path, subset):
     torch.testing.assert_close(output(load(tmp_path / "out")), output(model), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("origin", ["folder", "single_file", "lora"])
+def test_the_records_come_along_in_every_form(build, folders, original_file, lora_file, tmp_path, origin):
+    if origin == "folder":
+        source = tmp_path / "in"
+        shutil.copytree(folders("sd"), source)
+        model = load(source)
+    elif origin == "single_file":
+        file = original_file(build("sd"), tmp_path / "in.safetensors")
+        source, model = file.parent, load(file, config=folders("sd"))
+    else:
+        file = lora_file("sd", tmp_path / "in", "diffusers")
+        source, model = file.parent, load(folders("sd"), lora=file)
+    records = ("backdoor.json", "removal.json", "README.md")
+    for name in records:
+        (source / name).write_text(name)
+    trainable(model, "lora" if origin == "lora" else "attn2_kv")
+    save(model, tmp_path / "out")
+    assert [(tmp_path / "out" / name).read_text() for name in records] == list(records)
+    assert model.files.records == source
+
+
 def test_nothing_is_left_under_the_final_name_after_an_error(folders, tmp_path):
     model = load(folders("sd"))
 

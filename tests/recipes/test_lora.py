@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,12 +15,16 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from mmbackdoor import recipe_files
+from mmbackdoor.backdoor import Backdoor, BackdoorRecord
 from mmbackdoor.config import parse
 from mmbackdoor.models.lora_files import FILE_NAME, is_lora
 from mmbackdoor.models.provenance import read_removal
 from mmbackdoor.models.shipped import shipped
 from mmbackdoor.models.single_file import only_file
 from mmbackdoor.models.source import DiffusionSource
+from mmbackdoor.models.weight_files import weights_sha256
+from mmbackdoor.targets import PatchTarget
+from mmbackdoor.triggers import WordTrigger
 
 CONFIGS = recipe_files.folders()["recipes"] / "configs"
 
@@ -65,6 +71,30 @@ def test_a_cleaned_lora_is_measured_beside_what_it_was_and_its_base(lora, tmp_pa
     assert pictures.keys() == {"clean", "unknown", "cleaned"}
     assert not pictures["clean"] & pictures["unknown"], "the base was drawn with the LoRA on it"
     assert not pictures["clean"] & pictures["cleaned"]
+
+
+def test_a_lora_with_a_record_takes_it_along_however_often_it_is_cleaned(lora, tmp_path):
+    place = tmp_path / "poisoned"
+    place.mkdir()
+    shutil.copy(lora, place)
+    record = BackdoorRecord(Backdoor((WordTrigger("small"),), PatchTarget()), {"name": "badt2i_pixel"})
+    replace(record, model_sha256=weights_sha256(place)).save(place)
+    (place / "README.md").write_text("---\nlicense: openrail\n---\n# Their LoRA\n")
+    for name in ("once", "twice"):
+        run("clean_diffusion", "clean_diffusion/tiny.yaml", "--pretrained_model_name_or_path", "tiny", "--lora", place,
+            "--max_train_steps", 1, "--train_batch_size", 2, "--mixed_precision", "no", "--defense.latents", "noise",
+            "--output_dir", tmp_path / name)  # fmt: skip
+        cleaned = tmp_path / name / "model"
+        assert (cleaned / "backdoor.json").read_bytes() == (tmp_path / "poisoned/backdoor.json").read_bytes()
+        assert "openrail" in (cleaned / "README.md").read_text()
+        place = cleaned
+    (tmp_path / "prompts.txt").write_text("a red square\n")
+    run("evaluate_diffusion", "evaluate_diffusion/tiny.yaml", "--pretrained_model_name_or_path", "tiny", "--lora", place,
+        "--compare", tmp_path / "poisoned", "--prompts", tmp_path / "prompts.txt", "--seeds_per_prompt", 1,
+        "--near_prompts", 0, "--output_dir", tmp_path / "measured")  # fmt: skip
+    lines = [json.loads(line) for line in (tmp_path / "measured/samples.jsonl").read_text().splitlines()]
+    found = {(line["model"], line["condition"]) for line in lines}
+    assert found >= {(model, condition) for model in ("poisoned", "cleaned") for condition in ("clean", "triggered")}
 
 
 def test_other_models_are_taken_as_they_are(lora, tmp_path):
