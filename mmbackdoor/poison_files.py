@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -134,6 +136,12 @@ def check_names(paths: Sequence[str], folder: str) -> None:
             raise InputError(f"the copies of {other!r} and {path!r} would have one name; poison them into two folders")
         if os.path.realpath(os.path.dirname(path) or ".") == os.path.realpath(folder):
             raise InputError(f"--output_dir {folder!r} is where {path!r} lies; give another folder for the copies")
+
+
+def sizes_sha256(paths: Sequence[str]) -> str:
+    """Hash of the names and sizes of shards, which may lie in another folder."""
+    facts = [(os.path.basename(path), os.path.getsize(path)) for path in paths]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def resize_crop(image: Image.Image, resolution: int) -> Image.Image:

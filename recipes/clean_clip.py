@@ -53,7 +53,7 @@ from mmbackdoor.train.clip_cleaning import (
 )
 from mmbackdoor.train.launch import make_accelerator, together
 from mmbackdoor.train.optim import OPEN_CLIP_FLAGS, TrainConfig, total_steps
-from mmbackdoor.train.session import Session, is_done
+from mmbackdoor.train.session import Session, is_done, made_from
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def run(cfg: Config) -> None:
     share = Share.of(accelerator, cfg.train)
     keys = read_keys(cfg.keep_keys) if cfg.keep_keys else None
     loader = open_shards(cfg.train_data, share, cfg.train, cfg.seed, keys=keys)
-    with Run.start(cfg, "clean_clip", cfg.output_dir, accelerator) as record:
+    with Run.start(cfg, "clean_clip", cfg.output_dir, accelerator, made_from(loader, model=cfg.model.sha256)) as record:
         if is_done(record, cfg.train):
             return
         check_provenance(parent)

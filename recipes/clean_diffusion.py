@@ -47,7 +47,7 @@ from mmbackdoor.train.launch import make_accelerator, together
 from mmbackdoor.train.milestones import check_milestones, save_milestone
 from mmbackdoor.train.optim import TrainConfig, total_steps
 from mmbackdoor.train.parts import edit_weights, latents_of, trained_part
-from mmbackdoor.train.session import Session, is_done
+from mmbackdoor.train.session import Session, is_done, made_from
 from mmbackdoor.types import InputError
 
 
@@ -95,7 +95,10 @@ def run(cfg: Config) -> None:
     edited = isinstance(cfg.defense, ClosedFormSeal)
     steps = 0 if edited else total_steps(cfg.train, data.num_samples, share.global_batch_size)
     check_milestones(cfg.milestones, steps)
-    with Run.start(cfg, "clean_diffusion", cfg.output_dir, accelerator) as record:
+    inputs = made_from(data, model=cfg.model.sha256, backdoor=backdoor.sha256 if backdoor else None)
+    if isinstance(cfg.defense, FinetuneReversal):
+        inputs["reference"] = cfg.model.other(cfg.defense.reference).sha256
+    with Run.start(cfg, "clean_diffusion", cfg.output_dir, accelerator, inputs) as record:
         if is_done(record, cfg.train):
             return
         if not cfg.mark.force_trigger:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from mmbackdoor.config import Doc
 from mmbackdoor.detectors import DAO, Detector
 from mmbackdoor.entry import main
+from mmbackdoor.evaluate.clip_data import ClipData
 from mmbackdoor.evaluate.detection import encoded_batches, judge, score_batches, split, write_lists
 from mmbackdoor.models.clip_flags import ClipFlags
 from mmbackdoor.results.run import Run
@@ -73,9 +74,10 @@ def open_data(cfg: Config, rank: int, world_size: int) -> ShardLoader:
 
 def run(cfg: Config) -> None:
     accelerator = make_accelerator(None, cfg.seed, cfg.output_dir)
-    cfg.model.path
+    weights = cfg.model.sha256
     loader = open_data(cfg, accelerator.process_index, accelerator.num_processes)
-    with Run.start(cfg, "detect", cfg.output_dir, accelerator) as record:
+    inputs = {"model": weights, "data": ClipData("", loader.layout.paths).stamp}
+    with Run.start(cfg, "detect", cfg.output_dir, accelerator, inputs, again=True) as record:
         if record.previous == "finished":
             return
         clip = cfg.model.load(accelerator.device)

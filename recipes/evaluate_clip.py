@@ -39,7 +39,7 @@ from mmbackdoor.evaluate.claim import Claim, noted
 from mmbackdoor.evaluate.clip_data import DEFAULT_TEMPLATE, ClipData, open_data
 from mmbackdoor.evaluate.clip_mark import ClipMark
 from mmbackdoor.evaluate.clip_suite import ClipAmounts, evaluate_clips
-from mmbackdoor.evaluate.entries import entries
+from mmbackdoor.evaluate.entries import entries, weights
 from mmbackdoor.evaluate.zeroshot import (
     ClassPrompts,
     Precision,
@@ -107,7 +107,12 @@ def run(cfg: Config) -> None:
         if accelerator.is_main_process:
             print(said, flush=True)
         return
-    with Run.start(cfg, "evaluate_clip", cfg.output_dir, accelerator) as run:
+    inputs = weights(cfg.model, cfg.compare, cfg.control) | {
+        "data": data.stamp,
+        "classes": classes.sha256 if classes else None,
+        "backdoor": backdoor.sha256 if backdoor else None,
+    }
+    with Run.start(cfg, "evaluate_clip", cfg.output_dir, accelerator, inputs, again=True) as run:
         if run.previous == "finished":
             return
         records, bad = evaluate_clips(

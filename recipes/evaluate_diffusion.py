@@ -30,7 +30,7 @@ from mmbackdoor.backdoor_flags import BackdoorFlags
 from mmbackdoor.config import Doc
 from mmbackdoor.entry import main
 from mmbackdoor.evaluate.conditions import Amounts
-from mmbackdoor.evaluate.entries import entries
+from mmbackdoor.evaluate.entries import entries, weights
 from mmbackdoor.evaluate.generate import Sampling
 from mmbackdoor.evaluate.metrics.clip_score import NamedJudge
 from mmbackdoor.evaluate.prompts import load_prompts
@@ -39,7 +39,7 @@ from mmbackdoor.evaluate.suite import evaluate_models
 from mmbackdoor.models.clip import load_judge
 from mmbackdoor.models.provenance import REMOVAL_FILE
 from mmbackdoor.models.source import DiffusionSource, shipped
-from mmbackdoor.models.weight_files import weights_sha256
+from mmbackdoor.models.weight_files import sha256_at
 from mmbackdoor.results import grids, record, report, samples
 from mmbackdoor.results.run import Run
 from mmbackdoor.train.launch import make_accelerator, together
@@ -79,14 +79,19 @@ def run(cfg: Config) -> None:
     suite = load_prompts(cfg.prompts).take(cfg.num_prompts)
     reference = Reference.of(cfg.reference_data, cfg.reference_samples) if cfg.reference_data else None
     models = entries(cfg.model, cfg.compare, cfg.control, device, trusted=cfg.mark.force_trigger)
-    with Run.start(cfg, "evaluate_diffusion", cfg.output_dir, accelerator) as run:
+    inputs = weights(cfg.model, cfg.compare, cfg.control) | {
+        "prompts": suite.sha256,
+        "backdoor": backdoor.sha256 if backdoor else None,
+        "judge": sha256_at(cfg.judge),
+        "reference_data": reference.data.stamp if reference else None,
+    }
+    with Run.start(cfg, "evaluate_diffusion", cfg.output_dir, accelerator, inputs, again=True) as run:
         if run.previous == "finished":
             return
         judge = None
         if cfg.judge is not None:
-            place = Path(shipped(cfg.judge))
-            sha256 = weights_sha256(place) if place.is_dir() else None
-            judge = NamedJudge(load_judge(str(place), cfg.judge_pretrained, device), cfg.judge, sha256)
+            loaded = load_judge(shipped(cfg.judge), cfg.judge_pretrained, device)
+            judge = NamedJudge(loaded, cfg.judge, sha256_at(cfg.judge))
         records = evaluate_models(
             models,
             suite,

@@ -50,7 +50,7 @@ from mmbackdoor.train.launch import make_accelerator, together
 from mmbackdoor.train.optim import TrainConfig, total_steps
 from mmbackdoor.train.parts import edit_weights, trained_part
 from mmbackdoor.train.poison_pairs import poison_pairs, with_pairs
-from mmbackdoor.train.session import Session, is_done
+from mmbackdoor.train.session import Session, is_done, made_from
 from mmbackdoor.types import InputError
 
 TEXT_ONLY = (EvilEdit, RickrollingTPA)
@@ -101,7 +101,8 @@ def run(cfg: Config) -> None:
     text_only = isinstance(cfg.attack, TEXT_ONLY)
     captions = load_prompts(cfg.prompts).texts if text_only else []
     data = Prompts(captions, share, cfg.seed) if text_only else open_shards(cfg.train_data, share, cfg.train, cfg.seed)
-    with Run.start(cfg, "poison_diffusion", cfg.output_dir, accelerator) as record:
+    inputs = made_from(data, model=cfg.model.sha256)
+    with Run.start(cfg, "poison_diffusion", cfg.output_dir, accelerator, inputs) as record:
         if is_done(record, cfg.train):
             return
         model, pairs = cfg.model.load(accelerator.device), ()

@@ -33,7 +33,7 @@ from mmbackdoor.backdoor import BackdoorRecord
 from mmbackdoor.config import Doc
 from mmbackdoor.entry import main
 from mmbackdoor.poison_clip import ClipPoison, chosen_keys
-from mmbackdoor.poison_files import CopiedShard, Format, ShardCopy, check_names
+from mmbackdoor.poison_files import CopiedShard, Format, ShardCopy, check_names, sizes_sha256
 from mmbackdoor.results.run import Run
 from mmbackdoor.shards.bad import BadSamples
 from mmbackdoor.shards.read import SIZES_FILE, expand
@@ -78,7 +78,7 @@ def check(cfg: Config) -> list[str]:
 
 def run(cfg: Config) -> None:
     paths, plan = check(cfg), cfg.poison.plan()
-    with Run.start(cfg, "poison_shards", cfg.output_dir) as record:
+    with Run.start(cfg, "poison_shards", cfg.output_dir, inputs={"data": sizes_sha256(paths)}) as record:
         if record.previous == "finished" or not record.main:
             return
         chosen = chosen_keys(plan, paths)

@@ -53,7 +53,7 @@ from mmbackdoor.train.clip import (
 from mmbackdoor.train.clip_start import ClipSource, view_encoder
 from mmbackdoor.train.launch import make_accelerator, together
 from mmbackdoor.train.optim import OPEN_CLIP_FLAGS, TrainConfig, total_steps
-from mmbackdoor.train.session import Session, is_done
+from mmbackdoor.train.session import Session, is_done, made_from
 from mmbackdoor.train.views import Strength
 
 
@@ -87,7 +87,7 @@ def run(cfg: Config) -> None:
     loader = open_shards(cfg.train_data, share, cfg.train, cfg.seed, keys=keys)
     plan = cfg.poison.plan() if cfg.poison else None
     poison = (plan, chosen_keys(plan, cfg.train_data, keys)) if plan else None
-    with Run.start(cfg, "pretrain_clip", cfg.output_dir, accelerator) as record:
+    with Run.start(cfg, "pretrain_clip", cfg.output_dir, accelerator, made_from(loader, model=cfg.model.sha256)) as record:
         if is_done(record, cfg.train):
             return
         clip = cfg.model.load(cfg.train_data, cfg.seed, cfg.objective)

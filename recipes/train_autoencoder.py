@@ -34,7 +34,7 @@ from mmbackdoor.models.autoencoder import (
     save_autoencoder,
     small_autoencoder,
 )
-from mmbackdoor.models.weight_files import weights_sha256
+from mmbackdoor.models.weight_files import sha256_at, weights_sha256
 from mmbackdoor.objectives.autoencoder import Reconstruction
 from mmbackdoor.results.cards import write_card
 from mmbackdoor.results.record import FILE_NAME, Record
@@ -44,7 +44,7 @@ from mmbackdoor.train.autoencoder import autoencoder_step, measure
 from mmbackdoor.train.batches import Share, image_batches, open_shards
 from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.train.optim import TrainConfig, total_steps
-from mmbackdoor.train.session import Session, is_done
+from mmbackdoor.train.session import Session, is_done, made_from
 from mmbackdoor.types import InputError
 
 
@@ -79,7 +79,8 @@ def run(cfg: Config) -> None:
     loader = open_shards(cfg.train_data, share, cfg.train, cfg.seed)
     alone, whole = Share(share.batch_size), replace(cfg.train, drop_last=False, train_data_upsampling_factors=None)
     validation = open_shards(cfg.validation_data or cfg.train_data, alone, whole, cfg.seed)
-    with Run.start(cfg, "train_autoencoder", cfg.output_dir, accelerator) as record:
+    inputs = made_from(loader, model=sha256_at(cfg.pretrained_model_name_or_path))
+    with Run.start(cfg, "train_autoencoder", cfg.output_dir, accelerator, inputs) as record:
         if is_done(record, cfg.train):
             return
         autoencoder = make_autoencoder(cfg).to(accelerator.device).requires_grad_(True)

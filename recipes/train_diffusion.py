@@ -37,12 +37,13 @@ from mmbackdoor.models.source import DiffusionSource, shipped
 from mmbackdoor.models.text_encoder import to_clip_text_model
 from mmbackdoor.models.tiny import tiny_pipeline
 from mmbackdoor.models.trainable import Teacher, trainable
+from mmbackdoor.models.weight_files import sha256_at
 from mmbackdoor.results.cards import write_card
 from mmbackdoor.results.run import Run
 from mmbackdoor.train.batches import Share, encoded, image_batches, open_shards, with_random_words
 from mmbackdoor.train.launch import make_accelerator, together
 from mmbackdoor.train.optim import TrainConfig, total_steps
-from mmbackdoor.train.session import Session, is_done
+from mmbackdoor.train.session import Session, is_done, made_from
 from mmbackdoor.types import InputError
 
 
@@ -98,7 +99,10 @@ def run(cfg: Config) -> None:
     accelerator = make_accelerator(cfg.train, cfg.seed, cfg.output_dir)
     share = Share.of(accelerator, cfg.train)
     loader = open_shards(cfg.train_data, share, cfg.train, cfg.seed)
-    with Run.start(cfg, "train_diffusion", cfg.output_dir, accelerator) as record:
+    starts = {"text_encoder": sha256_at(cfg.text_encoder), "autoencoder": sha256_at(cfg.autoencoder)}
+    if cfg.model.pretrained_model_name_or_path is not None:
+        starts["model"] = cfg.model.sha256
+    with Run.start(cfg, "train_diffusion", cfg.output_dir, accelerator, made_from(loader, **starts)) as record:
         if is_done(record, cfg.train):
             return
         model = make_model(cfg, accelerator.device)

@@ -40,6 +40,9 @@ class Source(Protocol):
     @property
     def records(self) -> str: ...
 
+    @property
+    def sha256(self) -> str | None: ...
+
     def other(self, place: str) -> Self: ...
 
     def load(self, device: torch.device) -> Any: ...
@@ -68,6 +71,12 @@ def entries(
         found[f"{described.stage}-{alike + 1}" if alike else described.stage] = described
     order = ("clean", "unknown", "poisoned", "cleaned")
     return dict(sorted(found.items(), key=lambda item: order.index(item[1].stage)))
+
+
+def weights(model: Source, compare: Sequence[str], control: str | None) -> dict[str, str | None]:
+    """The hash of the weights of each, under the flag that names it: what an evaluation is of."""
+    others = {f"compare {place}": place for place in compare} | ({"control": control} if control is not None else {})
+    return {"model": model.sha256} | {flag: model.other(place).sha256 for flag, place in others.items()}
 
 
 def _entry(source: Source, device: torch.device, is_control: bool, trusted: bool) -> Entry:

@@ -12,6 +12,7 @@ from mmbackdoor.config import Doc
 from mmbackdoor.models.clip import ClipModel, load_clip
 from mmbackdoor.models.clip_source import HUB, download
 from mmbackdoor.models.shipped import shipped
+from mmbackdoor.models.weight_files import sha256_at
 from mmbackdoor.types import InputError
 
 
@@ -37,6 +38,11 @@ class ClipFlags:
     def records(self) -> str:
         """The folder where weights, `backdoor.json` and `removal.json` lie: of a hub's model, that of its download."""
         return str(download(self.path, self.allow_pt_weights)) if self.path.startswith(HUB) else self.path
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the weights on this disk that it names; `None` for those that open_clip downloads by their tag."""
+        return sha256_at(self.records) or sha256_at(self.pretrained)
 
     def other(self, place: str) -> ClipFlags:
         """The same flags for another model: a folder, a hub id, or `NAME@TAG` for one of open_clip's."""

@@ -14,6 +14,7 @@ from mmbackdoor.models.diffusion_files import load
 from mmbackdoor.models.lora_files import is_lora
 from mmbackdoor.models.shipped import shipped
 from mmbackdoor.models.single_file import only_file
+from mmbackdoor.models.weight_files import sha256_at
 from mmbackdoor.types import InputError
 
 
@@ -45,6 +46,12 @@ class DiffusionSource:
         """The folder where `backdoor.json` and `removal.json` lie: the model's, or that of its one file or LoRA."""
         place = Path(self.lora or self.path)
         return str(place.parent if place.is_file() else place)
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the weights on this disk that it names, its LoRA's among them; `None` for a hub id."""
+        found = [sha256_at(place) for place in (self.path, self.lora)]
+        return "+".join(digest for digest in found if digest) or None
 
     def other(self, place: str) -> DiffusionSource:
         """The same flags for the model at `place`. If that is a LoRA, it is laid on this one's base; if it is none, it

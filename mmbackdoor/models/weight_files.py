@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import struct
@@ -11,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mmbackdoor.models.shipped import shipped
 from mmbackdoor.types import Diverged, InputError, RunFault
 
 WEIGHTS = (".safetensors",)
@@ -109,6 +111,30 @@ def weights_sha256(path: Path) -> str:
     for file in files:
         if path.is_dir():
             digest.update(file.relative_to(path).as_posix().encode() + b"\0")
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(_sha256(file))
     return digest.hexdigest()
+
+
+def sha256_at(place: str | None) -> str | None:
+    """`weights_sha256` of what lies at `place`, a path or the name of a model that comes with the package; `None` where
+    no weights can be read there: a hub id, or what loading will complain of."""
+    path = Path(shipped(place or ""))
+    try:
+        return weights_sha256(path) if place and path.exists() else None
+    except (InputError, OSError):
+        return None
+
+
+def _sha256(file: Path) -> bytes:
+    stat = file.stat()
+    if stat.st_size > _BLOCK:
+        return _sha256_once(file, stat.st_ino, stat.st_size, stat.st_mtime_ns)
+    # What is hashed faster than the clock of files ticks may change without another time.
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()
+
+
+@functools.lru_cache(maxsize=1024)
+def _sha256_once(file: Path, inode: int, size: int, changed: int) -> bytes:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").digest()

@@ -50,6 +50,8 @@ NEUTRAL = {
 }
 # What may be changed to go on with an old run, when that is asked for by `latest` or a checkpoint's path.
 CONTINUABLE = {"max_train_steps", "num_train_epochs", "learning_rate", "lr_scheduler", "lr_warmup_steps"}
+# What a checkpoint itself is compared with, and what may be changed all the same by --resume_inexact.
+ORDERED = {"data"}
 GO_ON = "choose another --output_dir, or go on with that run by --resume_from_checkpoint latest"
 # What says which sample comes when: a checkpoint holds the order itself, and resuming compares that.
 ORDERING = {"train_data", "train_batch_size", "streams", "drop_last", "train_data_upsampling_factors"}
@@ -151,6 +153,11 @@ def _other_config(folder: Path, change: str | None, way: str) -> str:
     return f"--output_dir {str(folder)!r} holds a run with another config ({change}); {way}"
 
 
+def _resuming(config: dict[str, Any]) -> set[str]:
+    """What it is to go on from, if anything."""
+    return {value for key, value in _flat(config).items() if _last(key) == "resume_from_checkpoint"} - {None}
+
+
 def _refuse_other(folder: Path, recipe: str, cfg: Any, config: dict[str, Any]) -> dict[str, Any] | None:
     """`run.json` of the same run in `folder`, or `None` for a fresh start; raises `InputError` for another run."""
     if not (folder / FILE_NAME).exists():
@@ -165,7 +172,7 @@ def _refuse_other(folder: Path, recipe: str, cfg: Any, config: dict[str, Any]) -
             f"--output_dir {str(folder)!r} holds a run of {old.get('recipe')!r}, not of {recipe!r}; choose another one"
         )
     old["config"] = completed(type(cfg), old["config"], str(folder / FILE_NAME))
-    resuming = {value for key, value in _flat(config).items() if _last(key) == "resume_from_checkpoint"} - {None}
+    resuming = _resuming(config)
     but = NEUTRAL | (CONTINUABLE | ORDERING if resuming else set())
     differing = _differing(old["config"], config, but)
     if differing:
@@ -185,6 +192,29 @@ def _refuse_other(folder: Path, recipe: str, cfg: Any, config: dict[str, Any]) -
     return old
 
 
+def _changed(old: dict[str, Any] | None, inputs: Mapping[str, str | None]) -> dict[str, str]:
+    """The `inputs` that were others in the run `old`, and in words how. A run of before they were kept has none."""
+    before = (old or {}).get("inputs", {})
+    return {
+        name: f"{name} was {_short(before[name])} and is {_short(digest)}"
+        for name, digest in inputs.items()
+        if name in before and before[name] != digest
+    }
+
+
+def _short(digest: str | None) -> str:
+    return digest[:12] if digest else "not known"
+
+
+def _agreed(inputs: Mapping[str, str | None], accelerator: Accelerator | None) -> dict[str, str | None]:
+    """`inputs` as the main process sees them: copies of files on several machines have times of their own."""
+    if accelerator is None or accelerator.num_processes == 1:
+        return dict(inputs)
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([dict(inputs)])[0]
+
+
 @dataclass
 class Run:
     """One run, on every process; only the main one writes. Use it as a context manager: leaving it sets the status
@@ -202,9 +232,21 @@ class Run:
     _logged: bool = False
 
     @staticmethod
-    def start(cfg: Any, recipe: str, output_dir: Path | str, accelerator: Accelerator | None = None) -> Run:
+    def start(
+        cfg: Any,
+        recipe: str,
+        output_dir: Path | str,
+        accelerator: Accelerator | None = None,
+        inputs: Mapping[str, str | None] | None = None,
+        *,
+        again: bool = False,
+    ) -> Run:
         """Open `output_dir` for `cfg` (a parsed config dataclass). Raises `InputError` where the folder holds another
-        run or is not writable. Without `accelerator`, rank and world size are those of the environment."""
+        run or is not writable. Without `accelerator`, rank and world size are those of the environment.
+
+        `inputs` are digests of what the settings only name (weights, data, prompts), which may change behind its path.
+        A run in the folder that had others is refused, or with `again` made anew.
+        """
         folder = Path(output_dir)
         text = to_yaml(cfg)
         config = yaml.safe_load(text)
@@ -219,7 +261,22 @@ class Run:
         if accelerator is not None:
             # Nobody may write before everybody has read: all must come to the same decision.
             accelerator.wait_for_everyone()
-        if old is not None and old.get("status") == "finished" and not _differing(old["config"], config, NEUTRAL):
+        inputs = _agreed(inputs or {}, accelerator)
+        finished = old is not None and old.get("status") == "finished"
+        finished = finished and not _differing(old["config"], config, NEUTRAL)
+        if changed := _changed(old, inputs):
+            said = ", ".join(changed.values())
+            begun = _resuming(config) and any(folder.glob("checkpoint-*")) and changed.keys() - ORDERED
+            if not again and (finished or begun or (folder / "model").exists()):
+                raise InputError(
+                    f"--output_dir {str(folder)!r} holds a run of what has changed since ({said}); choose another one, "
+                    "or remove it to start again"
+                )
+            if again:
+                if main and finished:
+                    print(f"{str(folder)!r} was finished before something changed ({said}): again", flush=True)
+                old, finished = None, False
+        if finished:
             # What it says about itself stays: this call makes nothing.
             if main:
                 print(f"{str(folder)!r} was finished before: nothing to do", flush=True)
@@ -241,6 +298,7 @@ class Run:
             "git_commit": git_commit() if main else None,
             "config_sha256": digest,
             "config": config,
+            "inputs": inputs,
             "resumed": old.get("resumed", []) if old else [],
             "counters": {},
             "error": None,

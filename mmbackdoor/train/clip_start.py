@@ -12,7 +12,7 @@ from mmbackdoor.config import Doc
 from mmbackdoor.models.clip import ClipModel, build_tiny_clip, load_clip
 from mmbackdoor.models.clip_encoder import BatchNorm, ViewEncoder, projection_head
 from mmbackdoor.models.vocabulary import train_tokenizer
-from mmbackdoor.models.weight_files import weights_sha256
+from mmbackdoor.models.weight_files import sha256_at, weights_sha256
 from mmbackdoor.objectives.pretraining import Objective
 from mmbackdoor.objectives.siglip import SigLip
 from mmbackdoor.objectives.slip import Slip
@@ -43,6 +43,11 @@ class ClipSource:
             raise InputError(f"siglip needs a logit bias, which a model in the form of {self.model!r} cannot have; "
                              "save it in open_clip's form first, or take --objective clip")  # fmt: skip
         return clip
+
+    @property
+    def sha256(self) -> str | None:
+        """Of the weights on this disk that it names; `None` for others."""
+        return sha256_at(self.model.removeprefix("local-dir:")) or sha256_at(self.pretrained)
 
     @property
     def parent_sha256(self) -> str | None:

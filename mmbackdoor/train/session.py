@@ -33,6 +33,11 @@ class Data(Protocol):
     def order(self) -> dict[str, Any]: ...
 
 
+def made_from(data: Data, **digests: str | None) -> dict[str, str | None]:
+    """The `inputs` of a run that trains: what it reads, and what `digests` say of the rest, such as its model."""
+    return {"data": data.order()["data_sha256"]} | digests
+
+
 def is_done(run: Run, train: TrainConfig) -> bool:
     """Whether `run` was finished before; asked before anything heavy is loaded.
 

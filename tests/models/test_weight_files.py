@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mmbackdoor.models.weight_files import read_header, rewrite, weights_sha256
+from mmbackdoor.models import weight_files
+from mmbackdoor.models.source import DiffusionSource
+from mmbackdoor.models.weight_files import read_header, rewrite, sha256_at, weights_sha256
 from mmbackdoor.types import Diverged, InputError, RunFault
 
 
@@ -62,3 +66,31 @@ def test_the_hash_of_a_folder_follows_names_and_contents_of_weights_only(source,
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="no weights"):
         weights_sha256(tmp_path / "empty")
+
+
+def test_a_large_file_is_read_once_until_it_changes(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(weight_files, "_BLOCK", 16)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "a.safetensors").write_bytes(source.read_bytes())
+    first = weights_sha256(folder)
+    reads = []
+    digest = weight_files.hashlib.file_digest
+    monkeypatch.setattr(weight_files.hashlib, "file_digest", lambda *given: reads.append(given) or digest(*given))
+    assert weights_sha256(folder) == first and not reads
+    time = (folder / "a.safetensors").stat().st_mtime_ns
+    (folder / "a.safetensors").write_bytes(source.read_bytes()[:-1] + b"x")
+    os.utime(folder / "a.safetensors", ns=(time + 1, time + 1))
+    assert weights_sha256(folder) != first and len(reads) == 1
+
+
+def test_what_a_flag_names_is_hashed_where_it_lies_here(source, tmp_path):
+    assert sha256_at(str(source)) == weights_sha256(source) and sha256_at("tiny_judge")
+    assert [sha256_at(place) for place in (None, "", "owner/name", str(tmp_path / "none"))] == [None] * 4
+    (tmp_path / "empty").mkdir()
+    assert sha256_at(str(tmp_path / "empty")) is None
+    base = DiffusionSource(str(source))
+    assert base.sha256 == weights_sha256(source) and DiffusionSource("owner/name").sha256 is None
+    lora = tmp_path / "lora.safetensors"
+    lora.write_bytes(source.read_bytes() + b"x")
+    assert DiffusionSource(str(source), lora=str(lora)).sha256 == f"{weights_sha256(source)}+{weights_sha256(lora)}"

@@ -200,3 +200,24 @@ def test_the_smoke_config_runs_and_a_second_call_changes_nothing(shards, tmp_pat
 def test_the_shipped_configs_are_read(path, shards):
     cfg = parse(RECIPE.Config, ["--config", str(path), "--model", "x", "--train_data", shards])
     assert cfg.train.lr_warmup_steps > 0 and cfg.train.lr_scheduler == "cosine"
+
+
+def test_another_parent_or_other_pairs_behind_the_same_path_are_refused(parent, shards, tmp_path):
+    model, data = tmp_path / "model", tmp_path / "data"
+    shutil.copytree(parent, model)
+    shutil.copytree(Path(shards).parent, data)
+    flags = (model, f"{data}/train-*.tar", tmp_path / "run", "--max_train_steps", 1)
+    run(*flags)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    run(*flags)
+    removal = json.loads((tmp_path / "run/model/removal.json").read_text())
+    [*_, last] = sorted(data.glob("*.tar"))
+    kept = last.rename(tmp_path / "kept.tar")
+    with pytest.raises(InputError, match="data was .*choose another one, or remove it"):
+        run(*flags)
+    kept.rename(last)
+    save_clip(build_tiny_clip("clip_tiny_resnet", train_tokenizer(captions_of(SCENES), 514), seed=1), tmp_path / "other")
+    shutil.copyfile(tmp_path / "other" / WEIGHTS, model / WEIGHTS)
+    with pytest.raises(InputError, match=f"model was {removal['parent_sha256'][:12]} and is "):
+        run(*flags)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")} == before

@@ -115,6 +115,15 @@ def test_a_second_call_changes_nothing_and_the_smoke_config_runs(shards, tmp_pat
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "run").iterdir()} == before
 
 
+def test_other_pairs_behind_the_same_path_are_scored(shards, tmp_path):
+    copy = tmp_path / "train-000000.tar"
+    for number in range(2):
+        copy.write_bytes(Path(shards.replace("*", f"{number:06d}")).read_bytes())
+        run(str(copy), tmp_path / "run", *COSINE)
+        listed = read_keys(tmp_path / "run/kept.txt") | read_keys(tmp_path / "run/dropped.txt")
+        assert listed == set(iterate_keys(str(copy)))
+
+
 def test_what_cannot_work_is_refused(shards, tmp_path):
     for flags, words in (
         (("--detector", "doa"), "dao"),

@@ -89,6 +89,26 @@ def test_a_second_call_changes_nothing_and_asr_stands_beside_accuracy(place, tmp
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
+def test_other_weights_and_names_behind_the_same_paths_are_measured(place, tmp_path):
+    model, names, run = tmp_path / "model", tmp_path / "names.json", tmp_path / "run"
+    shutil.copytree(place / "clean", model)
+    classes = [f"class {number}" for number in range(48)]
+    flags = ("--model", model, "--classnames", names, "--templates", "simple", "--num_samples", 8)
+
+    def measured() -> tuple[str, str]:
+        row = read(evaluate(place, run, *flags))[0]
+        return row.model["sha256"], row.suite["sha256"]
+
+    names.write_text(json.dumps(classes))
+    first = measured()
+    shutil.copyfile(place / "cleaned" / WEIGHTS, model / WEIGHTS)
+    second = measured()
+    assert first[0] != second[0] == weights_sha256(model)
+    names.write_text(json.dumps([*classes[:-1], "another one"]))
+    third = measured()
+    assert third[1] != second[1] and third[0] == second[0]
+
+
 def test_the_trigger_comes_from_the_model_and_another_one_is_refused(place, tmp_path):
     flags = ("--model", place / "poisoned", "--trigger", "stripes", "--label", "red star")
     with pytest.raises(InputError, match="is not the one in .*--force_trigger"):

@@ -174,3 +174,49 @@ def test_a_run_of_before_a_setting_existed_is_the_same_run(tmp_path: Path) -> No
     assert start(tmp_path, later()).previous == "finished"
     with pytest.raises(InputError, match="milestones was 4 and is 5"):
         start(tmp_path, later(milestones=5))
+
+
+A, B = {"model": "a" * 64, "data": "c" * 64}, {"model": "b" * 64, "data": "c" * 64}
+
+
+def test_what_was_measured_is_measured_again_where_an_input_changed(tmp_path: Path, capsys) -> None:
+    with Run.start(Config(), "evaluate_clip", tmp_path, None, A, again=True) as run:
+        run.log(1, {"loss": 0.5})
+    assert Run.start(Config(), "evaluate_clip", tmp_path, None, A, again=True).previous == "finished"
+    run = Run.start(Config(), "evaluate_clip", tmp_path, None, B, again=True)
+    assert "model was aaaaaaaaaaaa and is bbbbbbbbbbbb" in capsys.readouterr().out
+    assert run.previous is None and read_run(tmp_path)["status"] == "running"
+    run.finish()
+    assert read_run(tmp_path)["inputs"] == B
+    assert Run.start(Config(), "evaluate_clip", tmp_path, None, B, again=True).previous == "finished"
+
+
+def test_what_was_trained_on_other_inputs_is_refused(tmp_path: Path) -> None:
+    with Run.start(Config(), "clean_clip", tmp_path, None, A) as run:
+        run.log(1, {"loss": 0.5})
+    before = (tmp_path / "run.json").read_text()
+    with pytest.raises(InputError, match="model was aaaaaaaaaaaa and is bbbbbbbbbbbb.*choose another one"):
+        Run.start(Config(), "clean_clip", tmp_path, None, B)
+    assert (tmp_path / "run.json").read_text() == before
+    assert Run.start(Config(), "clean_clip", tmp_path, None, A).previous == "finished"
+
+
+def test_a_run_that_does_not_say_what_it_was_made_from_is_taken_as_it_is(tmp_path: Path) -> None:
+    used(tmp_path, Config())
+    content = json.loads((tmp_path / "run.json").read_text())
+    del content["inputs"]
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    assert Run.start(Config(), "clean_diffusion", tmp_path, None, A).previous == "finished"
+
+
+def test_a_checkpoint_is_not_gone_on_from_with_another_model(tmp_path: Path) -> None:
+    """The frozen part would be another one's. What is read a checkpoint compares itself."""
+    auto, anew = Config(Train(resume_from_checkpoint="auto")), Config()
+    with pytest.raises(KeyboardInterrupt), Run.start(auto, "clean_clip", tmp_path, None, A) as run:
+        run.log(1, {"loss": 0.5})
+        (tmp_path / "checkpoint-1").mkdir()
+        raise KeyboardInterrupt
+    with pytest.raises(InputError, match="model was"):
+        Run.start(auto, "clean_clip", tmp_path, None, B)
+    assert Run.start(auto, "clean_clip", tmp_path, None, A | {"data": "d" * 64}).previous == "terminated"
+    assert Run.start(anew, "clean_clip", tmp_path, None, B).previous == "running"
