@@ -86,7 +86,8 @@ def run(cfg: Config) -> None:
         raise InputError("which trigger? The model has no backdoor.json, so give --trigger TEXT")
     if isinstance(cfg.defense, Finetune) and cfg.defense.latents == "teacher" and cfg.train_data:
         raise InputError("--train_data is not read with --defense.latents teacher; give --defense.latents data")
-    if isinstance(cfg.defense, FinetuneReversal) and not cfg.defense.reference:
+    reversal = cfg.defense if isinstance(cfg.defense, FinetuneReversal) else None
+    if reversal and not reversal.reference:
         raise InputError("finetune_reversal needs a clean model; give --defense.reference FOLDER")
     suite = load_prompts(cfg.prompts)
     share = Share.of(accelerator, cfg.train)
@@ -95,9 +96,8 @@ def run(cfg: Config) -> None:
     edited = isinstance(cfg.defense, ClosedFormSeal)
     steps = 0 if edited else total_steps(cfg.train, data.num_samples, share.global_batch_size)
     check_milestones(cfg.milestones, steps)
-    inputs = made_from(data, model=cfg.model.sha256, backdoor=backdoor.sha256 if backdoor else None)
-    if isinstance(cfg.defense, FinetuneReversal):
-        inputs["reference"] = cfg.model.other(cfg.defense.reference).sha256
+    reference_sha256 = cfg.model.other(reversal.reference).sha256 if reversal else None
+    inputs = made_from(data, model=cfg.model.sha256, backdoor=backdoor and backdoor.sha256, reference=reference_sha256)
     with Run.start(cfg, "clean_diffusion", cfg.output_dir, accelerator, inputs) as record:
         if is_done(record, cfg.train):
             return
@@ -131,9 +131,7 @@ def run(cfg: Config) -> None:
         if edited:
             before = edit_weights(model, partial(cfg.defense.edit, model, backdoor, suite.texts), record, cfg.train)
         else:
-            reference, latents = None, None
-            if isinstance(cfg.defense, FinetuneReversal):
-                reference = cfg.defense.load_reference(model, cfg.model, accelerator.device)
+            reference, latents = reversal and reversal.load_reference(model, cfg.model, accelerator.device), None
             if latents_of(cfg.defense) == "teacher":
                 latents = teacher_latents(
                     model, suite.texts, cfg.latents_per_prompt, cfg.sampling,
