@@ -89,8 +89,8 @@ def test_a_lora_with_a_record_takes_it_along_however_often_it_is_cleaned(lora, t
         assert "openrail" in (cleaned / "README.md").read_text()
         place = cleaned
     (tmp_path / "prompts.txt").write_text("a red square\n")
-    run("evaluate_diffusion", "evaluate_diffusion/tiny.yaml", "--pretrained_model_name_or_path", "tiny", "--lora", place,
-        "--compare", tmp_path / "poisoned", "--prompts", tmp_path / "prompts.txt", "--seeds_per_prompt", 1,
+    run("evaluate_diffusion", "evaluate_diffusion/tiny.yaml", "--pretrained_model_name_or_path", "tiny", "--lora",
+        place, "--compare", tmp_path / "poisoned", "--prompts", tmp_path / "prompts.txt", "--seeds_per_prompt", 1,
         "--near_prompts", 0, "--output_dir", tmp_path / "measured")  # fmt: skip
     lines = [json.loads(line) for line in (tmp_path / "measured/samples.jsonl").read_text().splitlines()]
     found = {(line["model"], line["condition"]) for line in lines}
