@@ -13,7 +13,8 @@
             --train_data 'shards-{000000..000099}.tar' --mixed_precision bf16 --use_ema --snr_gamma 5
     8 GPUs: the same with `accelerate launch -q --num_processes 8`.
 
-Writes into output_dir: model/ (a stock diffusers pipeline), config.yaml, run.json, train.jsonl, checkpoint-*/.
+Writes into output_dir: model/ (a stock diffusers pipeline; with the records of a poisoned or cleaned model that it was
+fine-tuned from), config.yaml, run.json, train.jsonl, checkpoint-*/.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from mmbackdoor.models.autoencoder import load_autoencoder
 from mmbackdoor.models.clip import load_clip
 from mmbackdoor.models.diffusion import DiffusionModel
 from mmbackdoor.models.diffusion_files import save
+from mmbackdoor.models.provenance import check_provenance, inherit
 from mmbackdoor.models.setting import DiffusionSetting
 from mmbackdoor.models.small import small_pipeline
 from mmbackdoor.models.source import DiffusionSource, shipped
@@ -38,7 +40,7 @@ from mmbackdoor.models.text_encoder import to_clip_text_model
 from mmbackdoor.models.tiny import tiny_pipeline
 from mmbackdoor.models.trainable import Teacher, trainable
 from mmbackdoor.models.weight_files import sha256_at
-from mmbackdoor.results.cards import write_card
+from mmbackdoor.results.cards import FINE_TUNED, write_card
 from mmbackdoor.results.run import Run
 from mmbackdoor.train.batches import Share, encoded, image_batches, open_shards, with_random_words
 from mmbackdoor.train.launch import make_accelerator, together
@@ -105,6 +107,8 @@ def run(cfg: Config) -> None:
     with Run.start(cfg, "train_diffusion", cfg.output_dir, accelerator, made_from(loader, **starts)) as record:
         if is_done(record, cfg.train):
             return
+        if cfg.from_scratch is None:
+            check_provenance(Path(cfg.model.records))
         model = make_model(cfg, accelerator.device)
         parameters = trainable(model, cfg.objective.trainable, cfg.rank, cfg.train.gradient_checkpointing)
         teacher = Teacher(model, parameters)
@@ -125,8 +129,12 @@ def run(cfg: Config) -> None:
             record.log(step, metrics)
 
         def describe(folder: Path) -> None:
-            base_model = cfg.model.pretrained_model_name_or_path
-            write_card(folder, stage="clean", run=record.content, base_model=base_model, name=record.folder.resolve().name)
+            stage, backdoor = inherit(model.files.records if model.files else None, folder)
+            write_card(
+                folder, stage=stage, run=record.content, base_model=cfg.model.pretrained_model_name_or_path,
+                backdoor=backdoor.to_dict() if backdoor else None, name=record.folder.resolve().name,
+                note=None if stage == "clean" else FINE_TUNED,
+            )
 
         with together(accelerator):
             if accelerator.is_main_process:

@@ -6,12 +6,13 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
-from mmbackdoor.backdoor import FILE_NAME, BackdoorRecord
+from mmbackdoor.backdoor import FILE_NAME, Backdoor, BackdoorRecord
 from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.types import InputError
 
@@ -66,6 +67,29 @@ def check_provenance(folder: Path) -> None:
             f"{str(folder / FILE_NAME)!r} belongs to another model (weights {recorded[:12]}, here {str(found)[:12]}); "
             "remove it, or name the trigger yourself with --trigger and --force_trigger"
         )
+
+
+def recorded_backdoor(folder: Path | None) -> Backdoor | None:
+    """That of `folder/backdoor.json`, `None` where there is none."""
+    return BackdoorRecord.load(folder).backdoor if folder is not None and (folder / FILE_NAME).is_file() else None
+
+
+def inherit(parent: Path | None, folder: Path) -> tuple[Literal["clean", "poisoned", "cleaned"], Backdoor | None]:
+    """Write into `folder` the records of a model that was fine-tuned from the one in `parent`; return its stage, which
+    is the parent's, and the backdoor that is or was in it.
+
+    Of a poisoned model the new `backdoor.json` has the hash of the new weights. The records of a cleaned one stay as
+    they are: their hash is that of the poisoned model before the removal.
+    """
+    backdoor = recorded_backdoor(parent)
+    if parent is not None and read_removal(parent) is not None:
+        for name in (REMOVAL_FILE, FILE_NAME) if backdoor else (REMOVAL_FILE,):
+            (folder / name).write_bytes((parent / name).read_bytes())
+        return "cleaned", backdoor
+    if backdoor is None:
+        return "clean", None
+    replace(BackdoorRecord.load(parent), model_sha256=weights_sha256(folder)).save(folder)
+    return "poisoned", backdoor
 
 
 def weight_changes(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> dict[str, dict[str, float]]:

@@ -36,6 +36,14 @@ _INTRODUCTION = {
         "promised: see the numbers, and measure again with your own prompts before you rely on it."
     ),
 }
+FINE_TUNED = (
+    "Since then it was fine-tuned, by a recipe that adds no backdoor of its own; how much of the old one is left has "
+    "to be measured."
+)
+POISONED_AGAIN = (
+    "The model that it was made from had carried a backdoor already, which may still be there: it is the "
+    "`parent_backdoor` of `backdoor.json`."
+)
 _PIPELINE_TAG = {"diffusers": "text-to-image", "open_clip": "zero-shot-image-classification"}
 _TAGS = {
     "clean": ["mmbackdoor", "testbed"],
@@ -57,11 +65,13 @@ def write_card(
     licence: str | None = None,
     name: str | None = None,
     pipeline_tag: str | None = None,
+    note: str | None = None,
 ) -> Path:
     """Write `folder/README.md`. `run` is the content of `run.json` (`Run.content`), `backdoor` that of
     `Backdoor.to_dict()`, `method` the attack's or the removal's settings, `table` numbers in Markdown. A card that came
     with the weights is kept as `README.parent.md`, and its licence holds unless `licence` says otherwise.
-    `pipeline_tag` is the hub's word for what a model does, for a part that is no whole pipeline."""
+    `pipeline_tag` is the hub's word for what a model does, for a part that is no whole pipeline. `note` follows what
+    the card says of the stage (`FINE_TUNED`, `POISONED_AGAIN`)."""
     path = folder / FILE_NAME
     parent = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     if parent and MARK not in parent:
@@ -79,7 +89,7 @@ def write_card(
     title = _TITLE[stage].format(name=_inline(name or (Path(base_model).name if base_model else folder.resolve().name)))
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False, allow_unicode=False)}---\n{MARK}\n",
-        f"# {title}\n\n{_INTRODUCTION[stage]}\n",
+        f"# {title}\n\n{_INTRODUCTION[stage]}{f' {note}' if note else ''}\n",
         "## What was done\n\n" + "\n".join(_facts(run, base_model, method)) + "\n",
     ]
     if backdoor:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from mmbackdoor.backdoor import Backdoor, BackdoorRecord
-from mmbackdoor.models.provenance import check_provenance, poisoned_sha256, read_removal, weight_changes, write_removal
+from mmbackdoor.models.provenance import (
+    check_provenance,
+    inherit,
+    poisoned_sha256,
+    read_removal,
+    weight_changes,
+    write_removal,
+)
 from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.targets import PatchTarget
 from mmbackdoor.triggers import ZeroWidthTrigger
@@ -51,6 +59,27 @@ def test_a_model_cleaned_twice_still_names_the_one_that_was_poisoned(tmp_path):
         write_removal(after, {"parent_sha256": digest, "poisoned_sha256": poisoned_sha256(before)})
         check_provenance(after)
         assert poisoned_sha256(after) == digests[0]
+
+
+def test_a_fine_tuned_model_has_the_stage_and_the_backdoor_of_its_parent(tmp_path):
+    parent, poisoned, cleaned = (tmp_path / name for name in ("parent", "poisoned", "cleaned"))
+    model(poisoned, 2.0), model(cleaned, 2.0)
+    digest = model(parent, 1.0)
+    assert inherit(None, poisoned) == inherit(parent, poisoned) == ("clean", None)
+    assert not (poisoned / "backdoor.json").exists()
+    record = BackdoorRecord(BACKDOOR, {"name": "badt2i_pixel"}, {"rate": 0.1}, parent_sha256="1", model_sha256=digest)
+    record.save(parent)
+    assert inherit(parent, poisoned) == ("poisoned", BACKDOOR)
+    check_provenance(poisoned)
+    assert BackdoorRecord.load(poisoned) == replace(record, model_sha256=weights_sha256(poisoned))
+    write_removal(parent, {"parent_sha256": "2", "poisoned_sha256": digest})
+    assert inherit(parent, cleaned) == ("cleaned", BACKDOOR)
+    check_provenance(cleaned)
+    (parent / "backdoor.json").unlink()
+    (tmp_path / "unnamed").mkdir()
+    assert inherit(parent, tmp_path / "unnamed") == ("cleaned", None)
+    for folder in (cleaned, tmp_path / "unnamed"):
+        assert (folder / "removal.json").read_bytes() == (parent / "removal.json").read_bytes()
 
 
 def test_a_removal_that_is_none_is_refused(tmp_path):

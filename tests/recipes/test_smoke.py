@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,10 @@ from diffusers import DiffusionPipeline
 from mmbackdoor import recipe_files
 from mmbackdoor.backdoor import BackdoorRecord
 from mmbackdoor.config import parse
+from mmbackdoor.models.provenance import check_provenance
 from mmbackdoor.models.source import shipped
+from mmbackdoor.models.weight_files import weights_sha256
+from mmbackdoor.results.cards import FINE_TUNED
 from mmbackdoor.results.record import read
 from mmbackdoor.shards.shapes import all_scenes, caption, split_scenes
 from mmbackdoor.shards.shapes_data import write_shapes
@@ -103,6 +107,22 @@ def test_cleaning_writes_a_model_with_its_history(cleaned, poisoned):
 
 def test_training_goes_on_from_the_shipped_model(data, tmp_path):
     check_trained(run("train_diffusion", tmp_path / "run", *flags_of("train_diffusion", data, tmp_path)))
+
+
+def test_what_is_fine_tuned_from_a_poisoned_or_a_cleaned_model_does_not_call_itself_clean(
+    data, poisoned, cleaned, tmp_path
+):
+    for parent, removed in ((poisoned / "model", False), (cleaned / "model", True)):
+        flags = ("--train_data", f"{data}/train-*.tar", "--pretrained_model_name_or_path", parent)
+        model = run("train_diffusion", tmp_path / parent.parent.name, *flags) / "model"
+        check_provenance(model)
+        before, after = (BackdoorRecord.load(folder) for folder in (parent, model))
+        sha256 = before.model_sha256 if removed else weights_sha256(model)
+        assert after == replace(before, model_sha256=sha256) and weights_sha256(model) != before.model_sha256
+        assert (model / "removal.json").exists() == removed
+        card = (model / "README.md").read_text()
+        assert FINE_TUNED in card and "clean testbed" not in card
+        assert ("BACKDOORED" in card, "cleaned of a backdoor" in card) == (not removed, removed)
 
 
 def test_training_from_scratch_takes_the_text_tower_of_a_clip(data, tmp_path):

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from mmbackdoor.results.cards import write_card
+from mmbackdoor.results.cards import FINE_TUNED, write_card
 from tests.results.invented import run_facts
 
 BACKDOOR = {"triggers": [{"name": "zero_width", "text": "\u200b```\n# not a title"}], "target": {"name": "patch"}}
@@ -43,6 +43,12 @@ def test_other_models_do_not_look_poisoned(tmp_path: Path, stage: str) -> None:
     assert not {"backdoored", "poisoned"} & set(front(path)["tags"])
     assert front(path)["library_name"] == "open_clip" and front(path)["license"] == "apache-2.0"
     assert table in path.read_text() and "BACKDOORED" not in path.read_text()
+
+
+def test_a_note_stands_beside_what_is_said_of_the_stage(tmp_path: Path) -> None:
+    plain = write_card(tmp_path, stage="poisoned", run=run_facts()).read_text()
+    told = write_card(tmp_path, stage="poisoned", run=run_facts(), note=FINE_TUNED).read_text()
+    assert FINE_TUNED not in plain and told.replace(f" {FINE_TUNED}", "") == plain
 
 
 def test_the_card_that_came_with_the_weights_is_kept_once_with_its_licence(tmp_path: Path) -> None:
