@@ -18,7 +18,8 @@ Objectives: clip (Radford et al. 2021, arXiv 2103.00020), clip_ssl (CLIP and sel
 2021, arXiv 2112.12750). `--poison.label` poisons on the fly (Carlini and Terzis 2022, arXiv 2106.09667).
 
 Writes into output_dir: model/ (loads with `open_clip.create_model_and_transforms("local-dir:PATH")`; with backdoor.json
-where it is poisoned), models/step-N/ (with --save_models_every N), config.yaml, run.json, train.jsonl, checkpoint-*/.
+where it is poisoned, and with the records of a poisoned or cleaned --model that it was fine-tuned from), models/step-N/
+(with --save_models_every N), config.yaml, run.json, train.jsonl, checkpoint-*/.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from mmbackdoor.config import Doc
 from mmbackdoor.entry import main
 from mmbackdoor.models.clip import save_clip
 from mmbackdoor.models.clip_encoder import BatchNorm
+from mmbackdoor.models.provenance import check_provenance, inherit, recorded_backdoor
 from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.objectives.clip import Clip
 from mmbackdoor.objectives.pretraining import Objective
 from mmbackdoor.poison_clip import ClipPoison, chosen_keys
-from mmbackdoor.results.cards import write_card
+from mmbackdoor.results.cards import POISONED_AGAIN, FINE_TUNED, write_card
 from mmbackdoor.results.run import Run
 from mmbackdoor.train.batches import Share, open_shards
 from mmbackdoor.train.clip import (
@@ -90,6 +92,9 @@ def run(cfg: Config) -> None:
     with Run.start(cfg, "pretrain_clip", cfg.output_dir, accelerator, made_from(loader, model=cfg.model.sha256)) as record:
         if is_done(record, cfg.train):
             return
+        parent = cfg.model.records
+        if parent:
+            check_provenance(parent)
         clip = cfg.model.load(cfg.train_data, cfg.seed, cfg.objective)
         if cfg.train.gradient_checkpointing:
             clip.network.set_grad_checkpointing()
@@ -106,19 +111,24 @@ def run(cfg: Config) -> None:
 
         def describe(folder: Path) -> None:
             if poison:
+                before = recorded_backdoor(parent)
+                attack = {"name": "data_poisoning", "objective": asdict(cfg.objective), "poisoned": len(poison[1])}
                 BackdoorRecord(
                     plan.backdoor,
-                    attack={"name": "data_poisoning", "objective": asdict(cfg.objective), "poisoned": len(poison[1])},
+                    attack=attack | ({"parent_backdoor": before.to_dict()} if before else {}),
                     plan=plan.to_dict(),
                     seeds={"seed": cfg.seed, "poison": plan.seed},
                     changed=tuple(sorted(clip.network.state_dict())),
-                    parent_sha256=cfg.model.parent_sha256,
+                    parent_sha256=weights_sha256(parent) if parent else None,
                     model_sha256=weights_sha256(folder),
                 ).save(folder)
+                stage, backdoor, note = "poisoned", plan.backdoor, POISONED_AGAIN if before else None
+            else:
+                stage, backdoor = inherit(parent, folder)
+                note = None if stage == "clean" else FINE_TUNED
             write_card(
-                folder, stage="poisoned" if poison else "clean", run=record.content, library="open_clip",
-                name=record.folder.resolve().name, backdoor=plan.backdoor.to_dict() if plan else None,
-                method=asdict(cfg.objective),
+                folder, stage=stage, run=record.content, library="open_clip", name=record.folder.resolve().name,
+                backdoor=backdoor.to_dict() if backdoor else None, method=asdict(cfg.objective), note=note,
             )
 
         def write(folder: Path) -> None:

@@ -11,8 +11,9 @@ from pydantic import Field
 from mmbackdoor.config import Doc
 from mmbackdoor.models.clip import ClipModel, build_tiny_clip, load_clip
 from mmbackdoor.models.clip_encoder import BatchNorm, ViewEncoder, projection_head
+from mmbackdoor.models.clip_source import HUB, download
 from mmbackdoor.models.vocabulary import train_tokenizer
-from mmbackdoor.models.weight_files import sha256_at, weights_sha256
+from mmbackdoor.models.weight_files import sha256_at
 from mmbackdoor.objectives.pretraining import Objective
 from mmbackdoor.objectives.siglip import SigLip
 from mmbackdoor.objectives.slip import Slip
@@ -50,10 +51,13 @@ class ClipSource:
         return sha256_at(self.model.removeprefix("local-dir:")) or sha256_at(self.pretrained)
 
     @property
-    def parent_sha256(self) -> str | None:
-        """Of the weights in the folder that is named; None for any other model."""
+    def records(self) -> Path | None:
+        """The folder where the weights that are named and their records lie: of a hub's model, that of its download.
+        None for any other model."""
+        if self.model.startswith(HUB):
+            return download(self.model, self.allow_pt_weights)
         folder = Path(self.model.removeprefix("local-dir:"))
-        return weights_sha256(folder) if folder.is_dir() else None
+        return folder if folder.is_dir() else None
 
 
 def view_encoder(clip: ClipModel, objective: Objective, batch_norm: BatchNorm, seed: int) -> ViewEncoder:

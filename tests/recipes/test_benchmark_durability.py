@@ -66,7 +66,11 @@ def test_fine_tuning_is_that_of_an_owner_with_the_same_poisoned_pairs_for_all(ma
         assert config["objective"]["name"] == "clip" and config["train"]["learning_rate"] == 2e-3
         assert config["model"]["model"] == str(finished / "cyclip/seed-0" / parent)
         assert config["train_data"] == f"{finished}/data/clean-*.tar" and config["poison"]["count"] == 2
-        assert not (place / "pairs-0/model/backdoor.json").exists()
+        # What descends from a cleaned model says so, and does not call itself clean.
+        names = ("backdoor.json", "removal.json")
+        assert {(place / "pairs-0/model" / name).exists() for name in names} == {model != "clean"}
+        assert ("clean testbed" in (place / "pairs-0/model/README.md").read_text()) == (model == "clean")
+        assert not (place / "pairs-2/model/removal.json").exists()
         record = told(place / "pairs-2/model", "backdoor.json")
         assert record["attack"]["poisoned"] == 2 and record["seeds"] == {"seed": 0, "poison": 0}
 

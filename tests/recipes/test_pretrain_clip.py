@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import open_clip
@@ -20,6 +21,7 @@ from mmbackdoor.models.provenance import check_provenance
 from mmbackdoor.models.text_encoder import to_clip_text_model
 from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.objectives.pretraining import OBJECTIVES
+from mmbackdoor.results.cards import POISONED_AGAIN, FINE_TUNED
 from mmbackdoor.shards.shapes import all_scenes, caption
 from mmbackdoor.shards.shapes_data import write_shapes
 from mmbackdoor.targets import ClassTarget
@@ -122,6 +124,28 @@ def test_training_goes_on_from_a_folder_that_is_named_as_the_parent(shards, tmp_
     parent = tmp_path / "first/model"
     _run(shards, tmp_path / "second", "--max_train_steps", 1, "--model", parent, *POISON)
     assert BackdoorRecord.load(tmp_path / "second/model").parent_sha256 == weights_sha256(parent)
+
+
+def test_what_is_fine_tuned_from_a_poisoned_model_names_its_backdoor(shards, tmp_path):
+    steps = ("--max_train_steps", 1)
+    _run(shards, tmp_path / "first", *steps, *POISON)
+    parent = tmp_path / "first/model"
+    known = BackdoorRecord.load(parent)
+    _run(shards, tmp_path / "tuned", *steps, "--model", parent)
+    tuned = tmp_path / "tuned/model"
+    check_provenance(tuned)
+    assert BackdoorRecord.load(tuned) == replace(known, model_sha256=weights_sha256(tuned))
+    card = (tuned / "README.md").read_text()
+    assert "BACKDOORED" in card and FINE_TUNED in card
+    other = ["blue circle" if flag == "red cross" else flag for flag in POISON]
+    _run(shards, tmp_path / "again", *steps, "--model", f"local-dir:{tuned}", *other)
+    again = BackdoorRecord.load(tmp_path / "again/model")
+    assert again.backdoor.target.label == "blue circle" and again.parent_sha256 == weights_sha256(tuned)
+    assert again.attack["parent_backdoor"] == known.backdoor.to_dict()
+    assert POISONED_AGAIN in (tmp_path / "again/model/README.md").read_text()
+    shutil.copy(parent / "backdoor.json", tuned)
+    with pytest.raises(InputError, match="belongs to another model"):
+        _run(shards, tmp_path / "wrong", *steps, "--model", tuned)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(shards, tmp_path):
