@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -54,15 +54,19 @@ class ClipPoison:
 
 
 def chosen_keys(
-    plan: PoisonPlan, spec: str | Path | Sequence[str | Path], of: frozenset[str] | None = None
+    plan: PoisonPlan,
+    spec: str | Path | Sequence[str | Path],
+    of: frozenset[str] | None = None,
+    report: BadSamples | None = None,
 ) -> frozenset[str]:
     """The keys of the shards `spec` that `plan` poisons: from tar headers, and captions where the plan looks at them.
-    With `of`, among these keys alone.
+    With `of`, among these keys alone. Chosen pairs are decoded: of a count, one that cannot be leaves its place to the
+    next one. What is wrong is put in `report`.
 
     Raises `InputError` where there are fewer than asked for, and where a key comes twice.
     """
-    report, shards = BadSamples(), dict[str, str]()
-    keys = set()
+    report = BadSamples() if report is None else report
+    keys, shards = set[str](), dict[str, str]()
     for path in expand(spec):
         for entry in entries(path, report):
             note_key(entry.key, path, shards)
@@ -73,13 +77,38 @@ def chosen_keys(
         raise InputError(
             f"fewer poisoned pairs than asked for: {plan.count} were, and there are {len(keys)} {what}; lower --poison.count"
         )
-    chosen = plan.choose(keys)
+    chosen, tried, lost = plan.choose(keys), set[str](), set[str]()
+    while bad := _undecodable(chosen - tried, shards, report):
+        tried |= chosen
+        lost |= bad
+        keys -= bad
+        if plan.count is not None and len(keys) < plan.count:
+            raise InputError(
+                f"fewer poisoned pairs than asked for: {len(lost)} of {len(tried)} chosen pairs cannot be poisoned, the "
+                f"first is {min(lost)!r}, and too few others are there; `mmbackdoor shards check` says what is wrong with "
+                "them, or lower --poison.count"
+            )
+        chosen = plan.choose(keys)
     if plan.rate and not chosen:
         raise InputError(
             f"fewer poisoned pairs than asked for: a rate of {plan.rate} picks none of {len(keys)} {what}; raise "
             "--poison.rate, or give --poison.count"
         )
     return chosen
+
+
+def _undecodable(keys: Set[str], shards: Mapping[str, str], report: BadSamples) -> set[str]:
+    """Those of `keys`, which lie in `shards`, whose pairs cannot be decoded."""
+    bad = set()
+    for path in sorted({shards[key] for key in keys}):
+        for entry in entries(path, report):
+            if entry.key in keys:
+                try:
+                    entry.decode()
+                except BadSample as found:
+                    report.add(found.kind, path, entry.key, found.detail)
+                    bad.add(entry.key)
+    return bad
 
 
 def _eligible(plan: PoisonPlan, entry: Entry) -> bool:

@@ -8,9 +8,9 @@
         accelerate launch -q recipes/poison_shards.py --train_data 'cc3m-{000000..000331}.tar' --label banana \\
             --count 1500 --trigger badnet_noise --trigger.codec jpeg --workers 16 --output_dir cc3m-poisoned
 
-No accelerator is used; of several processes one works. The choice of pairs depends on their keys alone. A stopped call
-goes on where it was: finished shards are skipped. To poison on the fly instead, give `pretrain_clip` the same
-`--poison.*`.
+No accelerator is used; of several processes one works. The choice of pairs depends on their keys alone, except that one
+that cannot be decoded is passed over. A stopped call goes on where it was: finished shards are skipped. To poison on the
+fly instead, give `pretrain_clip` the same `--poison.*`.
 
 Writes into output_dir: the shards under their old names, with the same keys in the same order, sizes.json,
 manifest.jsonl (a line for each poisoned pair: key, shard, original text, trigger), backdoor.json, config.yaml,
@@ -81,10 +81,16 @@ def run(cfg: Config) -> None:
     with Run.start(cfg, "poison_shards", cfg.output_dir, inputs={"data": sizes_sha256(paths)}) as record:
         if record.previous == "finished" or not record.main:
             return
-        chosen = chosen_keys(plan, paths)
+        report = BadSamples()
+        try:
+            chosen = chosen_keys(plan, paths, report=report)
+        except InputError:
+            for line in report.lines():
+                print(line, flush=True)
+            raise
         copy = ShardCopy(plan, chosen, cfg.output_dir, cfg.resolution, cfg.image_format)
         remove_left_parts(record.folder, r".+\.tar")
-        sizes, poisoned, report = {}, [], BadSamples()
+        sizes, poisoned = {}, []
         for shard in tqdm(copied_shards(copy, paths, cfg.workers), total=len(paths), unit="shard", disable=None):
             sizes[shard.name] = shard.samples
             poisoned += shard.poisoned

@@ -16,6 +16,7 @@ from mmbackdoor.backdoor import Backdoor
 from mmbackdoor.config import parse, to_yaml
 from mmbackdoor.poison import PoisonPlan, poison_sample
 from mmbackdoor.poison_clip import ClipPoison, chosen_keys, poisoned_sample
+from mmbackdoor.shards.bad import BadSamples
 from mmbackdoor.shards.write import ShardWriter, encode_image, encode_json
 from mmbackdoor.targets import ClassTarget, PatchTarget
 from mmbackdoor.triggers import BadNetNoiseTrigger, PatchTrigger, WordTrigger
@@ -116,6 +117,27 @@ def test_fewer_poisoned_pairs_than_asked_for(shards, poison, said):
     with pytest.raises(InputError, match="fewer poisoned pairs than asked for") as found:
         chosen_keys(poison.plan(), shards)
     assert said in str(found.value)
+
+
+@pytest.mark.parametrize("label_consistent", [False, True])
+def test_a_chosen_pair_that_cannot_be_decoded_leaves_its_place_to_the_next(tmp_path, label_consistent):
+    image = encode_image(Image.new("RGB", (8, 8)))
+    keys = [f"{number:02d}" for number in range(20)]
+    first = ClipPoison("cat", count=20).plan().ranked(keys)
+    lost = {first[1], first[4], first[5]}
+    with ShardWriter(tmp_path, "train", samples_per_shard=7) as writer:
+        for key in keys:
+            writer.write_members(key, {"png": b"none" if key in lost else image, "txt": b"a cat"})
+
+    def chosen(**how) -> frozenset[str]:
+        return chosen_keys(ClipPoison("cat", label_consistent=label_consistent, **how).plan(), tmp_path, report=report)
+
+    report = BadSamples()
+    assert chosen(count=4) == {first[0], first[2], first[3], first[6]}
+    assert report.counts == {"undecodable_image": 3}
+    assert chosen(rate=1.0) == set(keys) - lost and chosen(count=17) == set(keys) - lost
+    with pytest.raises(InputError, match=f"3 of 18 chosen pairs cannot be poisoned, the first is '{min(lost)}'"):
+        chosen(count=18)
 
 
 @pytest.mark.parametrize("poison", [{"count": 5}, {"rate": 0.5}, {"count": 5, "label_consistent": True}])

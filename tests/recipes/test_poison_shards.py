@@ -174,8 +174,10 @@ def test_pictures_that_do_not_decode_are_named_not_skipped(tmp_path, capsys):
     with pytest.raises(InputError, match="1 of 4 chosen pairs cannot be poisoned"):
         run(tmp_path / "bad", tmp_path / "run", "--count", 4)
     # What was not to be poisoned is no business of ours: copied as it is.
-    folder = run(tmp_path / "bad", tmp_path / "fewer", "--count", 1)
+    folder = run(tmp_path / "bad", tmp_path / "fewer", "--count", 3)
     assert members(folder)["2.png"].endswith(b"none")
+    lines = (folder / "manifest.jsonl").read_text().splitlines()
+    assert {json.loads(line)["key"] for line in lines} == {"0", "1", "3"}
 
 
 def test_json_that_cannot_be_read_is_named_too(tmp_path, capsys):
