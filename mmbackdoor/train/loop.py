@@ -92,7 +92,8 @@ def training_steps(
                 micro_losses.append(losses)
                 seen.append(batch.keys)
                 accelerator.backward(losses["loss"] / train.gradient_accumulation_steps)
-        norm = accelerator.clip_grad_norm_(list(parameters.values()), train.max_grad_norm)
+        # Cut down to infinity they stay as they are, and their norm is known.
+        norm = accelerator.clip_grad_norm_(list(parameters.values()), train.max_grad_norm or math.inf)
         # But for the gradients themselves the one place where processes wait for each other, and for a GPU: what is not
         # finite in one of them is not finite in the mean, so all stop together.
         metrics = _averaged(accelerator, micro_losses) | {"learning_rate": rate}

@@ -42,7 +42,7 @@ class TrainConfig:
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     adam_weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     adam_epsilon: Annotated[float, Field(gt=0)] = 1e-8
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    max_grad_norm: Annotated[float | None, Field(gt=0), Doc("gradients are cut down to it; none: never")] = 1.0
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     gradient_checkpointing: bool = False
     use_ema: bool = False

@@ -183,9 +183,19 @@ def test_the_published_protocol_is_planned(objective, batch, pairs, hub, tmp_pat
     _, cfg = settings("pretrain_clip", name)
     assert cfg.objective.name == objective and cfg.objective.equal_captions == "plain" and cfg.batch_norm == "mixed"
     assert cfg.poison.count == 1500 and len(cfg.poison.plan().backdoor.target.templates) == 80
+    assert cfg.train.max_grad_norm is None
     said = planned("pretrain_clip", name, capsys, "--model", hub, "--train_data", pairs, *SMALL, "--num_processes", 8,
                    "--output_dir", tmp_path / "run")  # fmt: skip
     assert f"global batch: {batch} samples" in said and "steps: 64 (" in said
+
+
+@pytest.mark.parametrize("name", ["rn50_cleanclip", "rn50_par", "par_vit_b32"])
+def test_removals_as_published_take_equal_captions_apart_and_clip_no_gradients(name):
+    _, cfg = settings("clean_clip", name)
+    assert cfg.defense.equal_captions == "plain" and cfg.train.max_grad_norm is None
+    _, grid = settings("benchmark_objectives", "rn50_published")
+    assert grid.clean.train.max_grad_norm is None and grid.pretrain.train.max_grad_norm is None
+    assert all(cleaner["defense.equal_captions"] == "plain" for cleaner in grid.cleaners.values())
 
 
 @pytest.mark.parametrize("protocol", ["", *(f"_published_{objective}" for objective in PUBLISHED)])

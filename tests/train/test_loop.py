@@ -9,6 +9,7 @@ import os
 import shutil
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,18 +103,19 @@ def test_a_stopped_run_ends_bit_equal(tmp_path, use_ema):
     assert same(whole, resumed)
 
 
-@pytest.mark.parametrize("limit", [0.1, 1e9])
-def test_gradients_are_clipped_to_the_norm_that_is_asked_for(tmp_path, limit):
+@pytest.mark.parametrize(("limit", "micro"), [(0.1, 1), (1e9, 1), (None, 1), (0.1, 2), (None, 2)])
+def test_gradients_are_clipped_to_the_norm_that_is_asked_for(tmp_path, limit, micro):
     # With so large an epsilon Adam's first step has the length of its gradient.
     flags = {"adam_epsilon": 1.0, "adam_weight_decay": 0.0, "learning_rate": 0.01, "max_grad_norm": limit}
-    running, module = session(tmp_path, steps=1, **flags)
+    running, module = session(tmp_path, steps=1, gradient_accumulation_steps=micro, **flags)
     before = [parameter.detach().clone() for parameter in module.parameters()]
-    gradients = torch.autograd.grad(loss_fn(module)(next(batches(0)))["loss"], list(module.parameters()))
+    loss = sum(loss_fn(module)(batch)["loss"] for batch in islice(batches(0, micro), micro)) / micro
+    gradients = torch.autograd.grad(loss, list(module.parameters()))
     norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
-    [(_, metrics)] = running.training(loss_fn(running.module), batches(0))
+    [(_, metrics)] = running.training(loss_fn(running.module), batches(0, micro))
     assert norm > 1 and metrics["grad_norm"] == pytest.approx(norm.item(), rel=1e-5)
     for parameter, start, gradient in zip(module.parameters(), before, gradients, strict=True):
-        clipped = gradient * min(1, limit / norm)
+        clipped = gradient if limit is None else gradient * min(1, limit / norm)
         torch.testing.assert_close(start - parameter, 0.01 * clipped / (clipped.abs() + 1), rtol=1e-3, atol=1e-7)
 
 
