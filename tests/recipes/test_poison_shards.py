@@ -253,3 +253,16 @@ def test_a_shard_cut_short_is_copied_up_to_the_cut(shards, tmp_path, poisoned):
     (tmp_path / "out").mkdir()
     copied = ShardCopy(plan, frozenset(), str(tmp_path / "out"))(str(tmp_path / "in/train-000000.tar"))
     assert 0 < copied.samples < 15 and [problem.kind for problem in copied.problems] == ["truncated_tar"]
+
+
+def test_other_pairs_behind_the_same_path_are_refused(shards, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(shards, data)
+    run(data, tmp_path / "run")
+    before = members(tmp_path / "run")
+    run(data, tmp_path / "run")
+    [*_, last] = sorted(data.glob("*.tar"))
+    last.unlink()
+    with pytest.raises(InputError, match="data was .*choose another one"):
+        run(data, tmp_path / "run")
+    assert members(tmp_path / "run") == before
