@@ -38,11 +38,11 @@ from mmbackdoor.entry import main
 from mmbackdoor.evaluate.prompts import load_prompts
 from mmbackdoor.models.diffusion import check_backdoor
 from mmbackdoor.models.diffusion_files import save
-from mmbackdoor.models.provenance import REMOVAL_FILE
+from mmbackdoor.models.provenance import REMOVAL_FILE, recorded_backdoor
 from mmbackdoor.models.source import DiffusionSource
 from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.poison import PoisonPlan
-from mmbackdoor.results.cards import write_card
+from mmbackdoor.results.cards import POISONED_AGAIN, write_card
 from mmbackdoor.results.run import Run
 from mmbackdoor.shards.read import iterate_captions
 from mmbackdoor.train.batches import Prompts, Share, image_batches, open_shards, prompt_batches
@@ -127,12 +127,14 @@ def run(cfg: Config) -> None:
             for step, metrics in session.training(cfg.attack.step(part.setting(session.module, None), plan), batches):
                 record.log(step, metrics)
 
+        before = recorded_backdoor(Path(cfg.model.records))
+
         def describe(folder: Path) -> None:
             # What a model that had been cleaned brought along no longer holds.
             (folder / REMOVAL_FILE).unlink(missing_ok=True)
             BackdoorRecord(
                 backdoor,
-                attack=asdict(cfg.attack),
+                attack=asdict(cfg.attack) | ({"parent_backdoor": before.to_dict()} if before else {}),
                 plan=plan.to_dict(),
                 seeds={"seed": cfg.seed},
                 changed=tuple(sorted(model.trained)),
@@ -141,7 +143,7 @@ def run(cfg: Config) -> None:
             ).save(folder)
             write_card(
                 folder, stage="poisoned", run=record.content, base_model=cfg.model.pretrained_model_name_or_path,
-                backdoor=backdoor.to_dict(), method=asdict(cfg.attack),
+                backdoor=backdoor.to_dict(), method=asdict(cfg.attack), note=POISONED_AGAIN if before else None,
             )
 
         with together(accelerator):

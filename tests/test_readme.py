@@ -13,7 +13,7 @@ from mmbackdoor.config import parse
 from mmbackdoor.config_schema import Section, aliases, fields_of
 from mmbackdoor.results import benchmark, benchmark_tables, removal_benchmark, removal_tuning
 from mmbackdoor.results.record import read
-from mmbackdoor.results.tables import markdown_page
+from mmbackdoor.results.tables import compare, markdown_page
 from mmbackdoor.shards.shapes import all_scenes
 from mmbackdoor.shards.shapes_data import write_shapes
 from mmbackdoor.speed import rows as speed_rows
@@ -97,9 +97,16 @@ def test_the_table_of_a_tuning_is_that_of_its_lines_and_they_are_all_trials():
     assert removal_tuning.with_winners(trials, tuning.rule) == trials
 
 
+@pytest.mark.parametrize("name", re.findall(r"<!-- compared: results/(\S+) -->", RECIPES))
+def test_the_table_of_evaluations_is_that_of_their_results(name):
+    runs = sorted((ROOT / "recipes" / "results" / name).iterdir())
+    shown = between(RECIPES, f"<!-- compared: results/{name} -->", "<!-- /compared -->")
+    assert shown == compare(runs, "markdown").strip(), "put in what `mmbackdoor compare --markdown` prints"
+
+
 def test_all_results_are_shown():
     there = {path.name for path in (ROOT / "recipes" / "results").iterdir()}
-    assert there == set(re.findall(r"<!-- (?:study|speed|tuning): results/(\S+) -->", RECIPES))
+    assert there == set(re.findall(r"<!-- (?:study|speed|tuning|compared): results/(\S+) -->", RECIPES))
 
 
 def test_every_recipe_has_a_row_with_its_configs_and_a_smoke_config():

@@ -21,7 +21,7 @@ from mmbackdoor.config import parse
 from mmbackdoor.models.provenance import check_provenance
 from mmbackdoor.models.source import shipped
 from mmbackdoor.models.weight_files import weights_sha256
-from mmbackdoor.results.cards import FINE_TUNED
+from mmbackdoor.results.cards import FINE_TUNED, POISONED_AGAIN
 from mmbackdoor.results.record import read
 from mmbackdoor.shards.shapes import all_scenes, caption, split_scenes
 from mmbackdoor.shards.shapes_data import write_shapes
@@ -123,6 +123,15 @@ def test_what_is_fine_tuned_from_a_poisoned_or_a_cleaned_model_does_not_call_its
         card = (model / "README.md").read_text()
         assert FINE_TUNED in card and "clean testbed" not in card
         assert ("BACKDOORED" in card, "cleaned of a backdoor" in card) == (not removed, removed)
+
+
+def test_a_model_that_is_poisoned_again_names_its_first_backdoor(data, cleaned, tmp_path):
+    flags = ("--train_data", f"{data}/train-*.tar", "--pretrained_model_name_or_path", cleaned / "model")
+    model = run("poison_diffusion", tmp_path / "again", *flags, "--trigger", "dog") / "model"
+    known, again = BackdoorRecord.load(cleaned / "model").backdoor, BackdoorRecord.load(model)
+    assert again.backdoor.triggers[0].text == "dog" and again.attack["parent_backdoor"] == known.to_dict()
+    assert POISONED_AGAIN in (model / "README.md").read_text() and not (model / "removal.json").exists()
+    check_provenance(model)
 
 
 def test_training_from_scratch_takes_the_text_tower_of_a_clip(data, tmp_path):
