@@ -13,7 +13,7 @@ prompts.
 Writes into output_dir: report.html, table.md, curves.png, points.jsonl (every number), runs.jsonl, tuning.jsonl,
 config.yaml, data/, ATTACK/seed-N/{poisoned,latents,evaluation}/, ATTACK/seed-N/REMOVAL/ and tuning/ of the same form.
 The page, the table and the picture are made anew from these lines by `mmbackdoor report OUTPUT_DIR`. A finished cell
-leaves ATTACK/seed-N/scores.json.gz: cells may be run on several machines, and these files (and tuning/) put into one folder.
+leaves ATTACK/seed-N/scores.json.gz: cells may be run on several machines, and these files and tuning/ brought together.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from mmbackdoor import recipe_files
 from mmbackdoor.config import Doc, parse, to_yaml
 from mmbackdoor.defenses import ClosedFormSeal
 from mmbackdoor.entry import main
-from mmbackdoor.evaluate import removal_scores
+from mmbackdoor.evaluate import removal_scores as scores
 from mmbackdoor.evaluate.prompts import Suite
 from mmbackdoor.evaluate.removal_cell import Cell, measured, tuned
 from mmbackdoor.evaluate.removal_material import Material, Split, prompts_file
 from mmbackdoor.evaluate.removal_points import points
-from mmbackdoor.evaluate.removal_scores import Asked
+from mmbackdoor.models.weight_files import sha256_at
 from mmbackdoor.recipe_files import stage, words
 from mmbackdoor.results import drafts, removal_benchmark, removal_report, removal_tuning
 from mmbackdoor.results.removal_grid import Attack, Durability, Grid, Overrides, check_names
@@ -122,15 +122,15 @@ def run(cfg: Config) -> None:
         given = cfg.material.settings(data, name) | {"evaluate_diffusion": cfg.evaluate}
         return Cell(name, attacks[name], seed, place, cfg.model, prompts, given, job, steps)
 
-    def asked(one: Cell) -> dict[str, Asked]:
+    def asked(one: Cell) -> dict[str, scores.Asked]:
         """All that decides what the cell finds: what its removals share, and each of them."""
-        grid = [asdict(one.attack), asdict(cfg.material), cfg.model, one.prompts.read_text(encoding="utf-8")]
-        grid += [cfg.milestones, cfg.stress, asdict(cfg.durability) if cfg.durability else None]
+        grid = [asdict(part) for part in (one.attack, cfg.material, cfg.durability or Durability())]
+        grid += [sha256_at(cfg.model) or cfg.model, cfg.milestones, cfg.stress, one.prompts.read_text(encoding="utf-8")]
         stages = {"poison_diffusion": one.attack.poison, "evaluate_diffusion": cfg.evaluate | one.attack.evaluate}
-        shared = {name: Asked.of(parse(CONFIGS[name], words(name, given))) for name, given in stages.items()}
+        shared = {name: scores.Asked.of(parse(CONFIGS[name], words(name, given))) for name, given in stages.items()}
         each = {name: words("clean_diffusion", settings(one, name, trial)) for name, (_, trial) in winners.items()}
-        removals = {name: Asked.of(parse(CONFIGS["clean_diffusion"], given)) for name, given in each.items()}
-        return {"grid": Asked(grid)} | shared | removals
+        removals = {name: scores.Asked.of(parse(CONFIGS["clean_diffusion"], given)) for name, given in each.items()}
+        return {"grid": scores.Asked(grid)} | shared | removals
 
     found, runs = [], []
     winners = {name: (name, {}) for name in cfg.removals}
@@ -143,10 +143,10 @@ def run(cfg: Config) -> None:
             removal_tuning.write(folder, trials)
     for seed, name in itertools.product(cfg.seeds, attacks):
         one = cell(name, seed, folder, "evaluation")
-        kept = removal_scores.read(one.folder, asked(one))
+        kept = scores.read(one.folder, asked(one))
         some, lines = kept or measured(one, winners, settings, cfg.milestones, cfg.stress, cfg.durability)
         if state.is_main_process and not kept:
-            removal_scores.write(one.folder, asked(one), some, lines)
+            scores.write(one.folder, asked(one), some, lines)
         found, runs = found + some, runs + lines
     if state.is_main_process:
         removal_benchmark.write(folder, points(found), runs)

@@ -14,6 +14,7 @@ from mmbackdoor import recipe_files
 from mmbackdoor.config import parse
 from mmbackdoor.evaluate import removal_scores
 from mmbackdoor.evaluate.prompts import load_prompts
+from mmbackdoor.models.weight_files import sha256_at
 from mmbackdoor.results import removal_benchmark, removal_tuning
 from mmbackdoor.types import Diverged, InputError
 
@@ -245,6 +246,7 @@ def test_scores_of_other_settings_or_damaged_are_not_taken(recipe, tmp_path, mon
         assert made == ({"patch"} if number else {"patch", "object"})
     # A setting that has come since had its default; another default is another setting.
     content = json.loads(gzip.decompress(scores[0].read_bytes()))
+    assert sha256_at("tiny") in content["asked"]["grid"], "not the path of the model"
     shutil.rmtree(scores[0].parent / "skd")
     for part in ("skd", "poison_diffusion"):
         del content["asked"][part]["config"]["train"]["adam_epsilon"]
