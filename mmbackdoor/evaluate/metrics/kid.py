@@ -53,8 +53,8 @@ def kid_interval(
     reference_prompts: Sequence[str] | None = None,
 ) -> Interval | None:
     """KID of the whole sets, with Student's t over that of disjoint blocks of prompts; `None` with fewer than 30 prompts
-    on either side. Bounds of few blocks are wide: so little is known then. (A bootstrap would draw pictures twice and
-    count their likeness to themselves; one over two to eight blocks held the truth in 50 to 86 of 100 cases.)"""
+    on either side. Bounds of few blocks are wide: so little is known then. (A bootstrap of pictures would draw some
+    twice and count their likeness to themselves.)"""
     asked, asked_there = _numbered(len(features), len(reference), prompts, reference_prompts)
     fewest = min(len(np.unique(asked)), len(np.unique(asked_there)))
     if fewest < SMALLEST_BLOCK * FEWEST_BLOCKS:
