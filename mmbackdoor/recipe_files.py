@@ -90,6 +90,11 @@ def stage(recipe: str, *flags: object) -> None:
     module.run(parse(module.Config, arguments))
 
 
+def stage_of(recipe: str, settings: Mapping[str, Any]) -> None:
+    """`stage` with `settings` as `words` reads them."""
+    stage(recipe, *words(recipe, settings))
+
+
 def job(settings: Mapping[str, Path], recipe: str, wanted: Mapping[str, Any]) -> None:
     """Run a recipe as `stage` does: with the file that `settings` has for it, if any, and what is `wanted` on top."""
     file = {"config": settings[recipe]} if recipe in settings else {}

@@ -7,11 +7,10 @@
 Every job is another recipe, in this process; its command is printed and can be run alone. A second call goes on where
 the first one stopped; seeds, attacks and removals may be added. The poisoned model (`none`) and the one that never was
 (`clean`) are always rows. With `tuning`, each removal gets as many trials, measured on selection prompts and seeds of
-their own, and a rule of the file, which looks at ASR (an oracle), picks the winners; they alone meet the evaluation
-prompts.
+their own, and a rule of the file, which looks at ASR (an oracle), picks those that meet the evaluation prompts.
 
-Writes into output_dir: report.html, table.md, curves.png, points.jsonl (every number), runs.jsonl, tuning.jsonl,
-config.yaml, data/, ATTACK/seed-N/{poisoned,latents,evaluation}/, ATTACK/seed-N/REMOVAL/ and tuning/ of the same form.
+Writes into output_dir: report.html, table.md, curves.png, points.jsonl (every number), comparisons.jsonl (`against`),
+runs.jsonl, tuning.jsonl, config.yaml, data/, ATTACK/seed-N/{poisoned,latents,evaluation,REMOVAL}/, tuning/ likewise.
 The page, the table and the picture are made anew from these lines by `mmbackdoor report OUTPUT_DIR`. A finished cell
 leaves ATTACK/seed-N/scores.json.gz: cells may be run on several machines, and these files and tuning/ brought together.
 """
@@ -23,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from mmbackdoor import recipe_files
 from mmbackdoor.config import Doc, parse, to_yaml
@@ -32,11 +31,12 @@ from mmbackdoor.entry import main
 from mmbackdoor.evaluate import removal_scores as scores
 from mmbackdoor.evaluate.prompts import Suite
 from mmbackdoor.evaluate.removal_cell import Cell, measured, tuned
+from mmbackdoor.evaluate.removal_comparison import comparisons
 from mmbackdoor.evaluate.removal_material import Material, Split, prompts_file
 from mmbackdoor.evaluate.removal_points import points
 from mmbackdoor.models.weight_files import sha256_at
-from mmbackdoor.recipe_files import stage, words
-from mmbackdoor.results import drafts, removal_benchmark, removal_report, removal_tuning
+from mmbackdoor.recipe_files import stage_of, words
+from mmbackdoor.results import drafts, removal_benchmark, removal_comparison, removal_report, removal_tuning
 from mmbackdoor.results.removal_grid import Attack, Durability, Grid, Overrides, check_names
 from mmbackdoor.results.removal_tuning import Tuning
 from mmbackdoor.train.launch import make_accelerator
@@ -44,7 +44,6 @@ from mmbackdoor.types import InputError
 
 RECIPES = ("poison_diffusion", "clean_diffusion", "evaluate_diffusion", "train_diffusion")
 CONFIGS = {name: recipe_files.load(name).Config for name in RECIPES}
-Count = Annotated[int, Field(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,8 @@ class Config:
     model: Annotated[str, Doc("the clean model: tiny, a folder, a hub id")] = "tiny"
     material: Material = Material()
     seeds: Annotated[tuple[int, ...], Field(min_length=1), Doc("of poisoning, removal and evaluation")] = (0,)
-    milestones: Annotated[tuple[Count, ...], Doc("steps after which a removal is measured, beside its end")] = ()
+    milestones: Annotated[tuple[PositiveInt, ...], Doc("steps after which a removal is measured, beside its end")] = ()
+    against: Annotated[dict[str, str], Doc("removal -> the one it is compared with")] = field(default_factory=dict)
     tuning: Tuning | None = None
     stress: Annotated[dict[str, Overrides], Doc("name -> flags of sampling, for the last models")] = field(
         default_factory=dict
@@ -83,6 +83,8 @@ def of_removal(cfg: Config, attack: Attack, removal: str, trial: Overrides) -> O
 def check(cfg: Config) -> tuple[dict[str, Attack], dict[tuple[str, Split], Suite]]:
     """Everything that can be wrong in the grid, before anything is trained; the attacks, and the prompts of each."""
     check_names(attacks=cfg.attacks, removals=cfg.removals, stress=cfg.stress)
+    for name in {*cfg.against, *cfg.against.values()} - {*cfg.removals}:
+        raise InputError(f"against names {name!r}, which is none of the removals {', '.join(cfg.removals)}")
     attacks = {name: Attack.of(name, given) for name, given in cfg.attacks.items()}
     if cfg.tuning:
         cfg.tuning.check(list(cfg.removals), cfg.seeds, [name for name, one in attacks.items() if one.tuned])
@@ -111,16 +113,13 @@ def run(cfg: Config) -> None:
         drafts.begin(said, True)
     state.wait_for_everyone()
 
-    def job(recipe: str, wanted: Overrides) -> None:
-        stage(recipe, *words(recipe, wanted))
-
     def settings(one: Cell, removal: str, trial: Overrides) -> Overrides:
         return of_removal(cfg, one.attack, removal, trial)
 
     def cell(name: str, seed: int, root: Path, split: Split) -> Cell:
         place, prompts = root / name / f"seed-{seed}", prompts_file(data, name, split)
         given = cfg.material.settings(data, name) | {"evaluate_diffusion": cfg.evaluate}
-        return Cell(name, attacks[name], seed, place, cfg.model, prompts, given, job, steps)
+        return Cell(name, attacks[name], seed, place, cfg.model, prompts, given, stage_of, steps)
 
     def asked(one: Cell) -> dict[str, scores.Asked]:
         """All that decides what the cell finds: what its removals share, and each of them."""
@@ -150,8 +149,9 @@ def run(cfg: Config) -> None:
         found, runs = found + some, runs + lines
     if state.is_main_process:
         removal_benchmark.write(folder, points(found), runs)
+        removal_comparison.write(folder, comparisons(found, cfg.against))
         drafts.settle(said)
-        print(removal_benchmark.text(folder))
+        print(removal_report.text(folder))
         print(f"report: {removal_report.build(folder)}")
     state.wait_for_everyone()
 

@@ -11,7 +11,7 @@ import pytest
 from mmbackdoor import catalogue, recipe_files
 from mmbackdoor.config import parse
 from mmbackdoor.config_schema import Section, aliases, fields_of
-from mmbackdoor.results import benchmark, benchmark_tables, removal_benchmark, removal_tuning
+from mmbackdoor.results import benchmark, benchmark_tables, removal_benchmark, removal_report, removal_tuning
 from mmbackdoor.results.record import read
 from mmbackdoor.results.tables import compare, markdown_page
 from mmbackdoor.shards.shapes import all_scenes
@@ -70,7 +70,7 @@ def page_of_study(name: str) -> tuple[str, set[int | None]]:
     """The tables that the lines in `recipes/results/NAME` make, and the seeds that they are of."""
     folder = ROOT / "recipes" / "results" / name
     if (folder / removal_benchmark.RUNS).is_file():
-        return removal_benchmark.markdown(folder), {one.seed for one in removal_benchmark.read(folder)[0]}
+        return removal_report.markdown(folder), {one.seed for one in removal_benchmark.read(folder)[0]}
     config = ROOT / "recipes" / "configs" / "benchmark_objectives" / f"{name}.yaml"
     rule = parse(recipe_files.load("benchmark_objectives").Config, ["--config", str(config)]).blind
     points, trainings = benchmark.read(folder)

@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from mmbackdoor.evaluate.checks import FIRED, Verdict, verdict
 from mmbackdoor.results.record import Record, read_lines, write_text
-from mmbackdoor.results.tables import Table, cell, markdown_page, number, trials, unit
+from mmbackdoor.results.tables import Table, cell, number, trials, unit
 from mmbackdoor.types import InputError
 
 POINTS, RUNS = "points.jsonl", "runs.jsonl"
@@ -271,16 +271,3 @@ def warnings(points: Sequence[Point], runs: Sequence[RemovalRun]) -> list[str]:
     if seeds < FEWEST_SEEDS:
         found.append(f"Seeds: {seeds}. That is too few to say that a difference is more than chance.")
     return found
-
-
-def text(folder: Path) -> str:
-    """The tables and the warnings of the benchmark in `folder`, for a terminal."""
-    points, runs = read(folder)
-    parts = [f"{title}\n\n{table.text()}" for title, table in tables(points, runs).items()]
-    return "\n\n".join(["", *parts, "\n".join(warnings(points, runs))])
-
-
-def markdown(folder: Path) -> str:
-    """The same for a README."""
-    points, runs = read(folder)
-    return markdown_page(tables(points, runs), warnings(points, runs))

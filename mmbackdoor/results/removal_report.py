@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from mmbackdoor.results import benchmark_report, grids, removal_benchmark, removal_tuning
+from mmbackdoor.results import benchmark_report, grids, removal_benchmark, removal_comparison, removal_tuning
 from mmbackdoor.results.record import write_text
 from mmbackdoor.results.removal_benchmark import (
     CLEAN,
@@ -21,6 +21,7 @@ from mmbackdoor.results.removal_benchmark import (
     situation_name,
 )
 from mmbackdoor.results.removal_curves import curves
+from mmbackdoor.results.tables import Table, markdown_page
 
 TABLE, PICTURE = "table.md", "curves.png"
 
@@ -37,9 +38,10 @@ def build(folder: Path) -> Path:
     points, runs = removal_benchmark.read(folder)
     trials = removal_tuning.read(folder)
     tuning = removal_tuning.table(trials)
-    write_text(folder / TABLE, removal_benchmark.markdown(folder) + _tuning_part(tuning))
+    write_text(folder / TABLE, markdown(folder) + _tuning_part(tuning))
     picture = grids.save(curves(points), folder / PICTURE)
-    files = [removal_benchmark.POINTS, removal_benchmark.RUNS, *([removal_tuning.FILE_NAME] if trials else [])]
+    further = {removal_comparison.FILE_NAME: removal_comparison.read(folder), removal_tuning.FILE_NAME: trials}
+    files = [removal_benchmark.POINTS, removal_benchmark.RUNS, *(name for name, lines in further.items() if lines)]
     return benchmark_report.page(
         folder,
         "removal_benchmark.html.j2",
@@ -47,7 +49,7 @@ def build(folder: Path) -> Path:
         sentences=sentences(points, runs),
         warnings=removal_benchmark.warnings(points, runs),
         picture=benchmark_report.inline(picture),
-        tables=removal_benchmark.tables(points, runs),
+        tables=tables(folder),
         tuning=tuning,
         rule=rule_words(folder),
         runs=runs,
@@ -58,6 +60,23 @@ def build(folder: Path) -> Path:
             "numbers": len(points),
         },
     )
+
+
+def tables(folder: Path) -> dict[str, Table]:
+    """Title -> table of all that was measured, but for the tuning."""
+    compared = removal_comparison.tables(removal_comparison.read(folder))
+    return removal_benchmark.tables(*removal_benchmark.read(folder)) | compared
+
+
+def text(folder: Path) -> str:
+    """The tables and the warnings of the benchmark in `folder`, for a terminal."""
+    parts = [f"{title}\n\n{table.text()}" for title, table in tables(folder).items()]
+    return "\n\n".join(["", *parts, "\n".join(removal_benchmark.warnings(*removal_benchmark.read(folder)))])
+
+
+def markdown(folder: Path) -> str:
+    """The same for a README."""
+    return markdown_page(tables(folder), removal_benchmark.warnings(*removal_benchmark.read(folder)))
 
 
 def sentences(points: Sequence[Point], runs: Sequence[RemovalRun]) -> list[str]:
@@ -86,5 +105,5 @@ def rule_words(folder: Path) -> str:
     return removal_tuning.LowestASR(**given).words
 
 
-def _tuning_part(tuning: removal_tuning.Table | None) -> str:
+def _tuning_part(tuning: Table | None) -> str:
     return f"\n**Tuning by an oracle, on selection prompts**\n\n{tuning.markdown()}\n" if tuning else ""

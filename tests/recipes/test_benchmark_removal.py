@@ -15,7 +15,7 @@ from mmbackdoor.config import parse
 from mmbackdoor.evaluate import removal_scores
 from mmbackdoor.evaluate.prompts import load_prompts
 from mmbackdoor.models.weight_files import sha256_at
-from mmbackdoor.results import removal_benchmark, removal_tuning
+from mmbackdoor.results import removal_benchmark, removal_comparison, removal_tuning
 from mmbackdoor.types import Diverged, InputError
 
 CONFIGS = recipe_files.folders()["recipes"] / "configs"
@@ -59,6 +59,10 @@ def test_every_model_is_measured(made):
     ]  # fmt: skip
     assert all((made / name).is_file() for name in ("report.html", "table.md", "curves.png", "config.yaml"))
     assert not list(made.rglob("*.part")) and not (made / removal_tuning.FILE_NAME).exists()
+    compared = removal_comparison.read(made)
+    assert {(one.removal, one.against) for one in compared} == {("skd", "finetune")}
+    assert {(one.after, one.situation) for one in compared} == {((), ""), ((1,), ""), ((), "stress:guided"), ((), "relearn:1")}
+    assert "| patch, skd - finetune |" in (made / "table.md").read_text()
 
 
 def test_removals_share_the_pictures_of_their_teacher(made):
@@ -160,7 +164,7 @@ def test_winners_of_the_selection_prompts_alone_meet_the_evaluation_prompts(reci
     rates = {0.0001: 0.5, 0.001: 0.1}
     jobs = Jobs(lambda flags: rates.get(float(flags.get("learning_rate", ["0"])[0]), 0.0),
                 breaks=lambda flags: flags.get("learning_rate") == ["2.0"])  # fmt: skip
-    monkeypatch.setattr(recipe, "stage", jobs)
+    monkeypatch.setattr(recipe_files, "stage", jobs)
     folder = run(recipe, tmp_path / "run", config=tmp_path / "grid.yaml")
     trials = removal_tuning.read(folder)
     assert [(one.removal, one.trial, one.winner, one.error is None) for one in trials] == [
@@ -190,7 +194,7 @@ def test_a_run_that_diverges_is_a_result(recipe, tmp_path, monkeypatch):
     (tmp_path / "grid.yaml").write_text(text)
     jobs = Jobs(lambda flags: 0.0, breaks=lambda flags: "/patch/seed-0/cag" in flags["output_dir"][0]
                 or "/object/seed-1/poisoned" in flags["output_dir"][0])  # fmt: skip
-    monkeypatch.setattr(recipe, "stage", jobs)
+    monkeypatch.setattr(recipe_files, "stage", jobs)
     points, runs = removal_benchmark.read(run(recipe, tmp_path / "run", config=tmp_path / "grid.yaml"))
     failed = [(one.attack, one.removal, one.seed) for one in runs if one.status == "failed"]
     assert failed == [("patch", "cag", 0), ("object", "none", 1)]
@@ -204,7 +208,7 @@ def test_cells_are_pooled_from_their_scores_alone(recipe, tmp_path, monkeypatch)
     (tmp_path / "grid.yaml").write_text(text)
     broken = "/patch/seed-0/cag"
     jobs = Jobs(lambda flags: 0.1, breaks=lambda flags: broken in flags["output_dir"][0])
-    monkeypatch.setattr(recipe, "stage", jobs)
+    monkeypatch.setattr(recipe_files, "stage", jobs)
     whole = run(recipe, tmp_path / "whole", config=tmp_path / "grid.yaml")
     place, jobs.calls = tmp_path / "elsewhere", []
     for file in whole.rglob(removal_scores.FILE_NAME):
@@ -231,7 +235,7 @@ def test_scores_of_other_settings_or_damaged_are_not_taken(recipe, tmp_path, mon
     text = TUNED.split("tuning:")[0]
     (tmp_path / "grid.yaml").write_text(text)
     jobs = Jobs(lambda flags: 0.1)
-    monkeypatch.setattr(recipe, "stage", jobs)
+    monkeypatch.setattr(recipe_files, "stage", jobs)
     whole = run(recipe, tmp_path / "whole", config=tmp_path / "grid.yaml")
     scores = sorted(whole.rglob(removal_scores.FILE_NAME))
     changes = (("milestones: [40]", "milestones: [20]"), ("tiny_patch}", "tiny_patch, attack.timestep_bias: 2.0}"))
@@ -275,7 +279,7 @@ def test_pictures_that_diverge_are_a_line_and_the_rest_goes_on(recipe, tmp_path,
     broken = ("patch/seed-0/stress-fast", "patch/seed-1/skd/stress-fast", "patch/seed-1/cag/relearn-1",
               "object/seed-0/evaluation")  # fmt: skip
     jobs = Jobs(lambda flags: 0.0, breaks=lambda flags: flags["output_dir"][0].endswith(broken))
-    monkeypatch.setattr(recipe, "stage", jobs)
+    monkeypatch.setattr(recipe_files, "stage", jobs)
     folder = run(recipe, tmp_path / "run", config=tmp_path / "grid.yaml")
     points, runs = removal_benchmark.read(folder)
     failed = [(one.attack, one.removal, one.seed, one.situation) for one in runs if one.status == "failed"]
@@ -302,14 +306,14 @@ def test_tuning_goes_on_without_a_cell_that_diverges(recipe, tmp_path, monkeypat
     (tmp_path / "grid.yaml").write_text(TUNED.replace("seeds: [7]", "seeds: [7, 8, 9]"))
     broken = ("tuning/patch/seed-8/poisoned", "tuning/patch/seed-9/evaluation")
     jobs = Jobs(lambda flags: 0.0, breaks=lambda flags: flags["output_dir"][0].endswith(broken))
-    monkeypatch.setattr(recipe, "stage", jobs)
+    monkeypatch.setattr(recipe_files, "stage", jobs)
     folder = run(recipe, tmp_path / "run", config=tmp_path / "grid.yaml")
     assert {one.seeds for one in removal_tuning.read(folder)} == {(7,)}
     lost = [(one.seed, one.situation) for one in removal_benchmark.read(folder)[1] if one.status == "failed"]
     assert lost == [(8, "tuning"), (9, "tuning")]
     assert "patch, none, seed 8, tuning; patch, none, seed 9, tuning" in (folder / "table.md").read_text()
     every = Jobs(lambda flags: 0.0, breaks=lambda flags: flags["output_dir"][0].endswith("/poisoned"))
-    monkeypatch.setattr(recipe, "stage", every)
+    monkeypatch.setattr(recipe_files, "stage", every)
     with pytest.raises(Diverged, match="no model could be poisoned to tune on"):
         run(recipe, tmp_path / "none", config=tmp_path / "grid.yaml")
 
@@ -317,7 +321,7 @@ def test_tuning_goes_on_without_a_cell_that_diverges(recipe, tmp_path, monkeypat
 def test_an_attack_without_asr_is_refused_before_anything_is_cleaned(recipe, tmp_path, monkeypatch):
     (tmp_path / "grid.yaml").write_text(TUNED)
     jobs = Jobs(lambda flags: 0.0, judge=False)
-    monkeypatch.setattr(recipe, "stage", jobs)
+    monkeypatch.setattr(recipe_files, "stage", jobs)
     with pytest.raises(InputError, match="ASR of patch, seed 7 cannot be measured.*give evaluate.judge"):
         run(recipe, tmp_path / "run", config=tmp_path / "grid.yaml")
     assert [name for name, _ in jobs.calls] == ["poison_diffusion", "evaluate_diffusion"]
@@ -333,7 +337,7 @@ def test_calls_for_other_seeds_may_run_side_by_side_in_one_folder(recipe, tmp_pa
             inside.append(run(recipe, folder, "--seeds", "1", **given))
         jobs(name, *words)
 
-    monkeypatch.setattr(recipe, "stage", stage)
+    monkeypatch.setattr(recipe_files, "stage", stage)
     run(recipe, folder, "--seeds", "0", **given)
     assert inside and {one.seed for one in removal_benchmark.read(folder)[0]} == {0, None}
     made, tuning = len(jobs.calls), (folder / "tuning.jsonl").read_text()
@@ -364,6 +368,8 @@ def test_calls_for_other_seeds_may_run_side_by_side_in_one_folder(recipe, tmp_pa
         ("durability: {benign_steps: 0}", "^durability.benign_steps: 0 .* is not possible"),
         ("durability: {relearn_pairs: [1], relearn: {rate: 1}}", "unknown key 'rate'"),
         ("attacks: {word: {config: tiny_rickrolling}}\ndurability: {relearn_pairs: [1]}", "counts pictures"),
+        ("against: {skd: finetune, cag: skd}", "against names 'cag', which is none of the removals skd, finetune"),
+        ("against: {skd: none}", "against names 'none'"),
         ("scenes: null", "without scenes to draw"),
         ("milestones: [0]", r"^milestones: \[0\] .* is not possible"),
         ("seeds: []", r"^seeds: \[\] .* is not possible"),
