@@ -1,10 +1,9 @@
 """Remove a backdoor from a text-to-image model whose trigger is known or suspected.
 
-Removals: skd_cag (self-knowledge distillation with cross-attention guidance, Aravindan et al. 2025, arXiv
-2508.18235), skd, esd, finetune, finetune_reversal; text_encoder_seal, which trains the text encoder alone; and
-closed_form_seal, which trains nothing. Neither pictures nor a clean model are needed but by finetune (--train_data) and
-finetune_reversal (--defense.reference): the poisoned model on clean prompts is the teacher. Works on your prompts, or
-on built-in ones; those that hold the trigger by themselves are left out.
+Removals: skd_cag (self-knowledge distillation with cross-attention guidance, Aravindan et al. 2025, arXiv 2508.18235),
+skd, esd, finetune, finetune_reversal; text_encoder_seal, for the text encoder alone; closed_form_seal, without training.
+Only finetune needs pictures (--train_data), only finetune_reversal a clean model (--defense.reference): the poisoned one
+on clean prompts is the teacher. Prompts and captions that hold the trigger by themselves are left out.
 
     CPU, the tiny model:
         accelerate launch -q recipes/clean_diffusion.py --config recipes/configs/clean_diffusion/tiny.yaml \\
@@ -32,7 +31,7 @@ from mmbackdoor.backdoor_flags import BackdoorFlags
 from mmbackdoor.config import Doc
 from mmbackdoor.defenses import SKDCAG, ClosedFormSeal, DiffusionDefense, Finetune, FinetuneReversal
 from mmbackdoor.entry import main
-from mmbackdoor.evaluate.conditions import untriggered
+from mmbackdoor.evaluate.conditions import untriggered, untriggered_keys
 from mmbackdoor.evaluate.generate import Sampling
 from mmbackdoor.evaluate.prompts import load_prompts
 from mmbackdoor.models.diffusion import check_backdoor
@@ -91,7 +90,8 @@ def run(cfg: Config) -> None:
         raise InputError("finetune_reversal needs a clean model; give --defense.reference FOLDER")
     suite = load_prompts(cfg.prompts)
     share = Share.of(accelerator, cfg.train)
-    shards = open_shards(cfg.train_data, share, cfg.train, cfg.seed) if latents_of(cfg.defense) == "data" else None
+    pictures = partial(open_shards, cfg.train_data, share, cfg.train, cfg.seed)
+    shards = pictures() if latents_of(cfg.defense) == "data" else None
     data = shards or Prompts(suite.take(cfg.num_prompts).texts, share, cfg.seed)
     edited = isinstance(cfg.defense, ClosedFormSeal)
     steps = 0 if edited else total_steps(cfg.train, data.num_samples, share.global_batch_size)
@@ -107,6 +107,7 @@ def run(cfg: Config) -> None:
         suite = untriggered(model, suite, backdoor).take(cfg.num_prompts)
         if backdoor is not None:
             check_backdoor(model, backdoor, suite.texts, cfg.seed)
+        shards = shards and pictures(untriggered_keys(model, cfg.train_data, backdoor))
         data = shards or Prompts(suite.texts, share, cfg.seed)
         steps = 0 if edited else total_steps(cfg.train, data.num_samples, share.global_batch_size)
         check_milestones(cfg.milestones, steps)
@@ -135,8 +136,7 @@ def run(cfg: Config) -> None:
             if latents_of(cfg.defense) == "teacher":
                 latents = teacher_latents(
                     model, suite.texts, cfg.latents_per_prompt, cfg.sampling,
-                    Path(cfg.latents_dir or record.folder / "latents"), accelerator, 4 * share.batch_size,
-                    cfg.train.dry_run,
+                    Path(cfg.latents_dir or record.folder / "latents"), accelerator, 4 * share.batch_size, cfg.train.dry_run,
                 )
             part = trained_part(model, cfg.defense, cfg.rank, cfg.train.gradient_checkpointing, cfg.seed, reference)
             before = part.before

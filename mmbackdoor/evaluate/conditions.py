@@ -1,7 +1,9 @@
-"""Which pictures an evaluation needs: every prompt clean and triggered, near the trigger, and with placebos."""
+"""Which pictures an evaluation needs: every prompt clean and triggered, near the trigger, and with placebos; and which
+prompts and captions are clean."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +20,7 @@ from mmbackdoor.evaluate.near import FEWEST_PLACEBOS, condition, near_triggers, 
 from mmbackdoor.evaluate.prompts import Suite, overlong
 from mmbackdoor.models.diffusion import DiffusionModel, carrying, check_trigger
 from mmbackdoor.seeding import python_rng
+from mmbackdoor.shards.read import iterate_captions
 from mmbackdoor.targets import UnknownTarget
 from mmbackdoor.types import InputError
 
@@ -76,6 +79,32 @@ def untriggered(model: DiffusionModel, suite: Suite, backdoor: Backdoor | None) 
         print(notice, flush=True)
     kept = tuple(prompt for prompt, holds in zip(suite, held, strict=True) if not holds)
     return Suite(suite.name, kept, (*suite.notices, notice))
+
+
+def untriggered_keys(model: DiffusionModel, train_data: str, backdoor: Backdoor | None) -> frozenset[str] | None:
+    """The samples of the shards `train_data` to train on as clean ones: those whose captions hold no trigger by
+    themselves, with a notice; `None` for all. Raises `InputError` where no other is left."""
+    if backdoor is None or not train_data:
+        return None
+    kept, held = set(), []
+    captions = iterate_captions(train_data)
+    while some := list(itertools.islice(captions, 1000)):
+        keys, texts = zip(*some, strict=True)
+        holding = carrying(model, backdoor, texts)
+        kept.update(key for key, holds in zip(keys, holding, strict=True) if not holds)
+        held += [text for text, holds in zip(texts, holding, strict=True) if holds]
+    if not held:
+        return None
+    example = f"for example {held[0]!a}"
+    if not kept:
+        raise InputError(
+            f"every caption of {train_data!r} holds the trigger {backdoor.trigger_names!a} by itself, {example}; give "
+            "other --train_data"
+        )
+    if is_main_process():
+        count = f"{len(held)} of {len(held) + len(kept)}"
+        print(f"{count} captions of {train_data!r} hold the trigger and are left out, {example}", flush=True)
+    return frozenset(kept)
 
 
 def plan(model: DiffusionModel, suite: Suite, backdoor: Backdoor | None, amounts: Amounts, seed: int) -> Plan:

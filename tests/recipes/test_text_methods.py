@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from mmbackdoor import recipe_files
@@ -14,6 +16,7 @@ from mmbackdoor.backdoor import BackdoorRecord
 from mmbackdoor.config import parse
 from mmbackdoor.models.provenance import check_provenance, read_removal
 from mmbackdoor.models.source import shipped
+from mmbackdoor.shards.write import ShardWriter
 from mmbackdoor.types import InputError, RunFault
 
 CONFIGS = recipe_files.folders()["recipes"] / "configs"
@@ -35,6 +38,12 @@ def clean(folder: Path, *flags: object, recipe=None) -> Path:
 
 def poison(folder: Path, config: str, *flags: object) -> Path:
     return run(recipe_files.load("poison_diffusion"), f"poison_diffusion/{config}", folder, *FEW, *flags)
+
+
+def write_pairs(folder: Path, captions: Sequence[str]) -> None:
+    with ShardWriter(folder, "train") as writer:
+        for number, caption in enumerate(captions):
+            writer.write(str(number), Image.new("RGB", (32, 32), (60 * number, 0, 0)), caption, {})
 
 
 def changed(model: Path) -> set[str]:
@@ -106,6 +115,26 @@ def test_prompts_that_hold_the_trigger_are_not_cleaned_with(tmp_path, capsys, mo
     prompts.write_text("a small red circle\n")
     with pytest.raises(InputError, match="every prompt of 'prompts' holds the trigger"):
         clean(tmp_path / "none", *flags)
+
+
+def test_captions_that_hold_the_trigger_are_not_trained_on_as_clean_ones(tmp_path, capsys, monkeypatch):
+    recipe, seen = recipe_files.load("clean_diffusion"), []
+    batches = recipe.image_batches
+    monkeypatch.setattr(recipe, "image_batches", lambda data, *more: seen.append(data) or batches(data, *more))
+    captions = ("a Small red circle", "a red circle", "a blue square", "a smaller cross")
+    write_pairs(tmp_path / "mixed", captions)
+    flags = ("--defense", "finetune", "--defense.latents", "data", "--max_train_steps", "none", "--num_train_epochs", 1)
+    folder = clean(tmp_path / "run", *flags, "--train_data", tmp_path / "mixed/train-000000.tar", recipe=recipe)
+    said = "1 of 4 captions of", "hold the trigger and are left out, for example 'a Small red circle'"
+    printed = capsys.readouterr().out
+    assert all(part in printed for part in said)
+    assert seen[0].num_samples == 3 and read_removal(folder / "model")["steps"] == 2
+    write_pairs(tmp_path / "clean", captions[1:])
+    folder = clean(tmp_path / "other", *flags, "--train_data", tmp_path / "clean/train-000000.tar", recipe=recipe)
+    assert "captions of" not in capsys.readouterr().out and seen[1].num_samples == 3
+    write_pairs(tmp_path / "poison", captions[:1])
+    with pytest.raises(InputError, match="every caption of .* holds the trigger .*; give other --train_data"):
+        clean(tmp_path / "none", *flags, "--train_data", tmp_path / "poison/train-000000.tar")
 
 
 @pytest.mark.parametrize("defense", ["closed_form_seal", "text_encoder_seal"])
