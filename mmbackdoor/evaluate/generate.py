@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from mmbackdoor.config import Doc
 from mmbackdoor.models.cpu_attention import plain_attention
 from mmbackdoor.models.diffusion import Conditioning, DiffusionModel
 from mmbackdoor.seeding import torch_generator
+from mmbackdoor.shards.write import part_of
 from mmbackdoor.types import Diverged, InputError
 
 STAMP = "mmbackdoor"
@@ -156,7 +156,7 @@ def _save(image: torch.Tensor, path: Path, stamp: str) -> None:
     pixels = ((image / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
     text = PngInfo()
     text.add_text(STAMP, stamp)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     try:
         Image.fromarray(pixels).save(part, format="PNG", pnginfo=text)
         part.replace(path)

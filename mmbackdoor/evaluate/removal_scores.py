@@ -22,7 +22,7 @@ from mmbackdoor.config import to_yaml
 from mmbackdoor.evaluate.removal_points import Seen
 from mmbackdoor.results.record import write_bytes
 from mmbackdoor.results.removal_benchmark import CLEAN, NONE, RemovalRun, Where
-from mmbackdoor.results.run import completed
+from mmbackdoor.results.run import completed, flat
 from mmbackdoor.types import InputError
 
 FILE_NAME = "scores.json.gz"
@@ -39,7 +39,8 @@ class Asked:
     def of(cls, cfg: Any) -> Self:
         """All settings of a recipe, and what is in the files that they name."""
         config = yaml.safe_load(to_yaml(cfg))
-        files = sorted({value for value in _leaves(config) if isinstance(value, str) and Path(value).is_file()})
+        leaves = [leaf for value in flat(config).values() for leaf in (value if isinstance(value, list) else [value])]
+        files = sorted({leaf for leaf in leaves if isinstance(leaf, str) and Path(leaf).is_file()})
         contents = {file: hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in files}
         return cls({"config": config, "files": contents}, type(cfg))
 
@@ -49,12 +50,6 @@ class Asked:
         if self.config_type is None or before is None:
             return before == values
         return before | {"config": completed(self.config_type, before["config"], source)} == values
-
-
-def _leaves(value: Any) -> list[Any]:
-    if isinstance(value, dict | list):
-        return [leaf for one in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(one)]
-    return [value]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +100,23 @@ def write(folder: Path, asked: Mapping[str, Asked], found: Sequence[Seen], runs:
     write_bytes(folder / FILE_NAME, gzip.compress(text.encode(), mtime=0))
 
 
+def load(file: Path) -> Scores:
+    """Raises `InputError` for a damaged file."""
+    try:
+        return _ADAPTER.validate_json(gzip.decompress(file.read_bytes()))
+    except (OSError, EOFError, zlib.error, ValidationError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{str(file)!r} is damaged ({reason}); remove it, and its cell is measured again") from error
+
+
+def seen(scores: Scores) -> list[Seen]:
+    """The models of a cell, as `points` and `comparisons` take them."""
+    return [
+        Seen(one.where, one.seed, {(of.metric, of.condition): _pictures(of.values) for of in one.measured})
+        for one in scores.models
+    ]
+
+
 def read(folder: Path, asked: Mapping[str, Asked]) -> tuple[list[Seen], list[RemovalRun]] | None:
     """What the cell of `folder` found, of the removals in `asked` alone; `None` where it has no scores, or others.
 
@@ -113,19 +125,11 @@ def read(folder: Path, asked: Mapping[str, Asked]) -> tuple[list[Seen], list[Rem
     file = folder / FILE_NAME
     if not file.is_file():
         return None
-    try:
-        scores = _ADAPTER.validate_json(gzip.decompress(file.read_bytes()))
-    except (OSError, EOFError, zlib.error, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{str(file)!r} is damaged ({reason}); remove it, and its cell is measured again") from error
+    scores = load(file)
     if not all(one.holds(scores.asked.get(name), str(file)) for name, one in asked.items()):
         return None
     wanted = {CLEAN, NONE, *asked}
-    found = [
-        Seen(one.where, one.seed, {(of.metric, of.condition): _pictures(of.values) for of in one.measured})
-        for one in scores.models
-        if one.where.removal in wanted
-    ]
+    found = [one for one in seen(scores) if one.where.removal in wanted]
     return found, [run for run in scores.runs if run.removal in wanted]
 
 

@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from mmbackdoor.shards.write import part_of
 from mmbackdoor.types import InputError, RunFault
 
 FILE_NAME = "results.jsonl"
@@ -105,7 +106,7 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """Write `path` through a temporary name beside it, of this process alone: calls side by side may write the same
     file. Raises `InputError` where the place is not writable and `RunFault` where the disk is full or broken."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = part_of(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as stream:

@@ -57,13 +57,14 @@ GO_ON = "choose another --output_dir, or go on with that run by --resume_from_ch
 ORDERING = {"train_data", "train_batch_size", "streams", "drop_last", "train_data_upsampling_factors"}
 
 
-def _flat(values: Any, prefix: str = "") -> dict[str, Any]:
+def flat(values: Any, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value that is no mapping."""
     if not isinstance(values, dict) or not values:
         return {prefix: values}
-    flat: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(_flat(value, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
+        found.update(flat(value, f"{prefix}.{key}" if prefix else str(key)))
+    return found
 
 
 def _last(key: str) -> str:
@@ -128,7 +129,7 @@ def _now() -> str:
 
 def config_change(before: dict[str, Any], after: dict[str, Any], but: set[str] = frozenset()) -> str | None:
     """What `after` gives another value, in words; `None` for nothing. Keys whose last part is in `but` may differ."""
-    old, new = _flat(before), _flat(after)
+    old, new = flat(before), flat(after)
     differing = _differing(before, after, but)
     shown = ", ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in differing[:4])
     return (shown + (f" and {len(differing) - 4} more" if len(differing) > 4 else "")) or None
@@ -136,7 +137,7 @@ def config_change(before: dict[str, Any], after: dict[str, Any], but: set[str] =
 
 def _differing(before: dict[str, Any], after: dict[str, Any], but: set[str]) -> list[str]:
     """Dotted keys that two configurations give other values, those whose last part is in `but` left out."""
-    old, new = _flat(before), _flat(after)
+    old, new = flat(before), flat(after)
     return [key for key in sorted(old.keys() | new.keys()) if _last(key) not in but and old.get(key) != new.get(key)]
 
 
@@ -155,7 +156,7 @@ def _other_config(folder: Path, change: str | None, way: str) -> str:
 
 def _resuming(config: dict[str, Any]) -> set[str]:
     """What it is to go on from, if anything."""
-    return {value for key, value in _flat(config).items() if _last(key) == "resume_from_checkpoint"} - {None}
+    return {value for key, value in flat(config).items() if _last(key) == "resume_from_checkpoint"} - {None}
 
 
 def _refuse_other(folder: Path, recipe: str, cfg: Any, config: dict[str, Any]) -> dict[str, Any] | None:
@@ -254,7 +255,7 @@ class Run:
             main, world_size, device = os.environ.get("RANK", "0") == "0", int(os.environ.get("WORLD_SIZE", "1")), "cpu"
         else:
             main, world_size, device = accelerator.is_main_process, accelerator.num_processes, accelerator.device.type
-        if any(_last(key) == "dry_run" and value for key, value in _flat(config).items()):
+        if any(_last(key) == "dry_run" and value for key, value in flat(config).items()):
             content = {"schema": SCHEMA, "recipe": recipe, "status": "dry run", "config": config, "resumed": []}
             return Run(folder, "dry run", False, content, type(cfg))
         old = _refuse_other(folder, recipe, cfg, config)
