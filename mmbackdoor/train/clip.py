@@ -5,6 +5,7 @@ A batch is a pure function of (seed, step, place in the global batch): world siz
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -23,9 +24,8 @@ from mmbackdoor.objectives.pretraining import Objective
 from mmbackdoor.poison import PoisonPlan
 from mmbackdoor.poison_clip import poisoned_sample
 from mmbackdoor.seeding import derive_seed
-from mmbackdoor.shards.bad import BadSamples
 from mmbackdoor.shards.loader import Indexed, ShardLoader
-from mmbackdoor.shards.read import ShardIndex, expand, iterate_keys
+from mmbackdoor.shards.read import iterate_captions, iterate_keys
 from mmbackdoor.train.loop import StepFn
 from mmbackdoor.train.optim import TrainConfig
 from mmbackdoor.train.views import Strength, image_view, text_view
@@ -112,16 +112,8 @@ class PairViews:
 
 
 def shard_captions(spec: str, limit: int = MOST_CAPTIONS) -> list[str]:
-    """The captions of the first `limit` samples of the shards `spec`; no picture is decoded. Raises InputError."""
-    captions: list[str] = []
-    index, report = ShardIndex(), BadSamples()
-    for path in expand(spec):
-        for entry in index.entries(path, report, 0):
-            text = entry.read().get("txt")
-            if text is not None:
-                captions.append(text.decode("utf-8", "replace").strip())
-            if len(captions) >= limit:
-                return captions
+    """The first `limit` readable captions of the shards `spec`; no picture is decoded. Raises InputError."""
+    captions = [caption for _, caption in itertools.islice(iterate_captions(spec), limit)]
     if not captions:
         raise InputError(f"{spec!r} has no captions (.txt) to learn a vocabulary from.")
     return captions
