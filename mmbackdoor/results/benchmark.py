@@ -9,29 +9,28 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
 from pydantic import ConfigDict, TypeAdapter
 
-from mmbackdoor.results.frontier import Frontier, OverSeeds, Point, Sight, blind, frontier, over_seeds
+from mmbackdoor.results.frontier import Frontier, OverSeeds, Point, Rule, Sight, blind, frontier, over_seeds
 from mmbackdoor.results.record import read_lines, write_text
 from mmbackdoor.types import InputError
 
 POINTS, TRAININGS = "points.jsonl", "trainings.jsonl"
 FIRED = 0.9
 """Below this ASR a poisoned model is no testbed: there is little to remove."""
-Rule = Callable[[Sequence[Sight], float], Sight]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
     """One model: a clean control, a poisoned one, or a checkpoint of a cleaning. Rates are fractions.
 
-    `accuracy` and `accuracy_triggered` are zero-shot top-1, `n` the pictures of each, `asr_n` those that are not of the
-    target's class. `utility` and `drift` are what a defender sees (`evaluate/clip_sight.py`); a control has none.
+    `accuracy` and `accuracy_triggered` are zero-shot top-1, the first of `n` pictures; the other and `asr` of the `asr_n`
+    that are not of the target's class. `utility` and `drift` are what a defender sees (`evaluate/clip_sight.py`); a control has none.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -113,6 +112,12 @@ class Cell:
         """The seeds with which every run broke off."""
         return tuple(seed for seed, one in zip(self.seeds, self.frontiers, strict=True) if one.blind is None)
 
+    @property
+    def beyond(self) -> tuple[int, ...]:
+        """The seeds with which the blind rule found nothing that it asks for, and took the best that was there."""
+        pairs = zip(self.seeds, self.frontiers, strict=True)
+        return tuple(seed for seed, one in pairs if one.blind is not None and not one.admitted)
+
 
 def write(folder: Path, points: Iterable[Measured], trainings: Iterable[Training]) -> None:
     for name, lines in ((POINTS, points), (TRAININGS, trainings)):
@@ -128,11 +133,18 @@ def read(folder: Path) -> tuple[list[Measured], list[Training]]:
 
 
 def check_whole(
-    folder: str, points: Sequence[Measured], trainings: Sequence[Training], objectives: Iterable[str],
+    folder: str, points: Sequence[Measured], trainings: Sequence[Training], objectives: Mapping[str, Iterable[str]],
     seeds: Iterable[int],
 ) -> None:  # fmt: skip
     """Raises `InputError` where these lines of the benchmark in `folder` lack a poisoned model that its settings ask
-    for, as they do where its last call was stopped. One whose training broke off is not lacking."""
+    for, as they do where its last call was stopped. One whose training broke off is not lacking. `objectives`: name ->
+    the keys that it sets; those of a poison of its own are refused, since what goes on from here has one for all."""
+    for objective, keys in objectives.items():
+        if own := [key for key in keys if key.split(".")[0] == "poison"]:
+            raise InputError(
+                f"{folder!r} gives {objective!r} a poison of its own ({own[0]}), and this goes on with one for all "
+                "objectives; make a benchmark with pretrain.poison alone"
+            )
     known = {(one.objective, one.seed) for one in points if one.stage == "poisoned"}
     known |= {(one.objective, one.seed) for one in trainings if (one.stage, one.status) == ("poisoned", "failed")}
     for objective, seed in itertools.product(objectives, seeds):

@@ -100,7 +100,7 @@ def page(folder: Path, template: str, **values: object) -> Path:
 
 def sentences(cells: Sequence[Cell]) -> list[str]:
     """What the blind rule's picks came to, for each objective and cleaner: ASR and accuracy, before and after, and
-    which seeds these are not."""
+    which seeds these are not, or not by the rule."""
     found = []
     for cell in cells:
         pairs = [(one.start, one.blind) for one in cell.frontiers if one.blind]
@@ -116,5 +116,8 @@ def sentences(cells: Sequence[Cell]) -> list[str]:
         if cell.lost:
             seeds = ", ".join(map(str, cell.lost))
             said += f"; in {len(pairs)} of {len(cell.seeds)} seeds: with seed {seeds} every run broke off"
+        if cell.beyond:
+            seeds = ", ".join(map(str, cell.beyond))
+            said += f"; with seed {seeds} no checkpoint was within the rule's budget, and the one that lost least was taken"
         found.append(said)
     return found

@@ -6,8 +6,8 @@ import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from mmbackdoor.results.benchmark import Cell, Measured, Rule, Training, cells, read, span, warnings
-from mmbackdoor.results.frontier import ASR_LEVELS, LOSSES, Frontier, OverSeeds, over_seeds
+from mmbackdoor.results.benchmark import Cell, Measured, Training, cells, read, span, warnings
+from mmbackdoor.results.frontier import ASR_LEVELS, LOSSES, Frontier, OverSeeds, Rule, over_seeds
 from mmbackdoor.results.tables import Table
 
 Value = Callable[[Frontier], float | None]
@@ -35,8 +35,9 @@ def start_table(points: Sequence[Measured]) -> Table:
             if some:
                 columns = zip(*((one.asr, one.accuracy, one.accuracy_triggered) for one in some), strict=True)
                 values = [per_cent(over_seeds(column)) for column in columns]
-                lines.append((f"{objective}, {stage}", *values, f"{some[0].n:,}", str(len(some))))
-    header = ("model", "ASR, %", "accuracy, %", "accuracy with trigger, %", "pictures", "seeds")
+                pictures = f"{some[0].n:,} ({some[0].asr_n:,})"
+                lines.append((f"{objective}, {stage}", *values, pictures, str(len(some))))
+    header = ("model", "ASR, %", "accuracy, %", "accuracy with trigger, %", "pictures (with trigger)", "seeds")
     return Table(header, tuple(lines))
 
 
@@ -63,7 +64,8 @@ def frontier_table(found: Sequence[Cell]) -> Table:
 
 
 def selection_table(found: Sequence[Cell]) -> Table:
-    """What the oracle and the blind rule picked, side by side: ASR and accuracy of each."""
+    """What the oracle and the blind rule picked, side by side: ASR and accuracy of each; and in how many seeds the rule
+    found what it asks for, rather than the best of what was there."""
     lines = []
     for cell in found:
         picks = []
@@ -71,9 +73,10 @@ def selection_table(found: Sequence[Cell]) -> Table:
             picks.append(per_cent(over_seeds([one.asr if one else None for one in some])))
             picks.append(per_cent(over_seeds([one.accuracy if one else None for one in some])))
         names = sorted({f"{one.seen.run} step {one.seen.step}" for one in cell.picks("blind") if one})
-        lines.append((f"{cell.objective}, {cell.cleaner}", *picks, "; ".join(names) or "none"))
+        admitted = f"{sum(one.admitted for one in cell.frontiers)} of {len(cell.seeds)} seeds"
+        lines.append((f"{cell.objective}, {cell.cleaner}", *picks, admitted, "; ".join(names) or "none"))
     header = ("objective, cleaner", "oracle: ASR, %", "oracle: accuracy, %", "blind: ASR, %", "blind: accuracy, %",
-              "blind picked")  # fmt: skip
+              "within the rule's budget", "blind picked")  # fmt: skip
     return Table(header, tuple(lines))
 
 

@@ -7,10 +7,10 @@ over a grid, and by the one that a written rule picks. All rates are fractions i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field
 
@@ -56,11 +56,15 @@ class LargestDrift:
     def words(self) -> str:
         return (
             f"of the checkpoints that lost at most {100 * self.budget:g} points of accuracy on clean pictures kept for "
-            "selection, the one whose embeddings of them moved farthest from the poisoned model's."
+            "selection, the one whose embeddings of them moved farthest from the poisoned model's; where none lost so "
+            "little, the one with the best accuracy on them."
         )
 
+    def admits(self, one: Sight, utility: float) -> bool:
+        return one.utility >= utility - self.budget - 1e-9
+
     def __call__(self, seen: Sequence[Sight], utility: float) -> Sight:
-        kept = [one for one in seen if one.utility >= utility - self.budget - 1e-9]
+        kept = [one for one in seen if self.admits(one, utility)]
         return max(kept, key=lambda one: one.drift) if kept else max(seen, key=lambda one: one.utility)
 
 
@@ -74,8 +78,21 @@ class BestUtility:
     def words(self) -> str:
         return "the checkpoint with the best accuracy on clean pictures kept for selection, the later one of equals."
 
+    def admits(self, one: Sight, utility: float) -> bool:
+        return True
+
     def __call__(self, seen: Sequence[Sight], utility: float) -> Sight:
         return max(seen, key=lambda one: (one.utility, one.step))
+
+
+class Rule(Protocol):
+    """A blind rule: picks one of what a defender sees of checkpoints, given the utility of the poisoned model."""
+
+    def __call__(self, seen: Sequence[Sight], utility: float) -> Sight: ...
+
+    def admits(self, one: Sight, utility: float) -> bool:
+        """Whether `one` is what the rule asks for, and not only the best of what is there."""
+        ...
 
 
 Blind = Annotated[LargestDrift | BestUtility, Field(discriminator="name")]
@@ -128,7 +145,7 @@ def oracle(points: Sequence[Point], most: float = 0.05) -> Point:
     return min(points, key=lambda point: (point.asr, -point.accuracy))
 
 
-def blind(points: Sequence[Point], start: Sight, rule: Callable[[Sequence[Sight], float], Sight]) -> Point:
+def blind(points: Sequence[Point], start: Sight, rule: Rule) -> Point:
     """The point that `rule` picks out of what a defender sees."""
     chosen = rule([point.seen for point in points], start.utility)
     return next(point for point in points if point.seen is chosen)
@@ -138,7 +155,7 @@ def blind(points: Sequence[Point], start: Sight, rule: Callable[[Sequence[Sight]
 class Frontier:
     """The numbers of one cleaner on one poisoned model. `accuracy_at` goes by `ASR_LEVELS`, `lowest_asr` by `LOSSES`;
     None where no checkpoint got there. Where every run broke off there is nothing to pick, and nothing was removed:
-    `oracle` and `blind` are None, `area` and `succeeded` 0."""
+    `oracle` and `blind` are None, `area` and `succeeded` 0. `admitted`: whether `blind` is what the rule asks for."""
 
     start: Point
     checkpoints: int
@@ -149,15 +166,15 @@ class Frontier:
     succeeded: float
     oracle: Point | None
     blind: Point | None
+    admitted: bool
 
 
-def frontier(
-    points: Sequence[Point], start: Point, rule: Callable[[Sequence[Sight], float], Sight], failed: int = 0
-) -> Frontier:
+def frontier(points: Sequence[Point], start: Point, rule: Rule, failed: int = 0) -> Frontier:
     """The frontier of `points`, all cleaned from the model `start`; `failed` more runs broke off. There is at least one
     point or such run."""
     if not points and not failed:
         raise ValueError("a frontier needs at least one checkpoint, or a run that broke off")
+    pick = blind(points, start.seen, rule) if points else None
     return Frontier(
         start=start,
         checkpoints=len(points),
@@ -167,13 +184,15 @@ def frontier(
         area=area(points, start),
         succeeded=share_of_runs(points, start.accuracy, failed=failed),
         oracle=oracle(points) if points else None,
-        blind=blind(points, start.seen, rule) if points else None,
+        blind=pick,
+        admitted=pick is not None and rule.admits(pick.seen, start.seen.utility),
     )
 
 
 @dataclass(frozen=True)
 class OverSeeds:
-    """The mean over the `reached` of `n` seeds that gave a value; no bounds with fewer than two."""
+    """The mean over the `reached` of `n` seeds that gave a value; no bounds with fewer than two, nor where all of them
+    are equal, which tells nothing of how far another seed would be."""
 
     mean: float | None
     low: float | None
@@ -183,12 +202,13 @@ class OverSeeds:
 
 
 def over_seeds(values: Sequence[float | None]) -> OverSeeds:
-    """Mean with a 95 % interval by Student's t over seeds. Seeds are few, so it is wide: that is the finding.
+    """Mean with a 95 % interval by Student's t over seeds. Seeds are few, so it is wide: that is the finding. It is the
+    chance of seeds alone: all are measured on the same pictures, and what others would give is not in it.
 
     A None (no checkpoint got there) has no value to average: it lowers `reached`, which is to be read beside the mean.
     """
     found = [value for value in values if value is not None]
-    if len(found) < 2:
+    if len(found) < 2 or max(found) - min(found) < 1e-12:
         return OverSeeds(found[0] if found else None, None, None, len(found), len(values))
     mean = fmean(found)
     degrees = len(found) - 1

@@ -74,6 +74,14 @@ def check_names(**groups: Iterable[str]) -> None:
                 raise InputError(f"{what} has the name {name!r}, which the benchmark uses itself; choose another")
 
 
+def check_free(what: str, settings: Mapping[str, object], taken: Iterable[str]) -> None:
+    """Raises `InputError` where `settings` (dotted keys) set what a benchmark sets itself: it would be void."""
+    taken = tuple(taken)
+    for key in settings:
+        if key in taken or key.split(".")[-1] in taken:
+            raise InputError(f"{what}.{key} is not possible: the benchmark sets {key.split('.')[-1]} itself")
+
+
 def milestones_of(milestones: Sequence[int], steps: int) -> tuple[int, ...]:
     """Those before the end of a removal of so many steps: its last model is measured anyway."""
     return tuple(sorted({step for step in milestones if step < steps}))

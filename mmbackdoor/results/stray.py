@@ -114,7 +114,8 @@ def build(folder: Path, rule: Rule, words: str) -> Path:
     points, trainings = benchmark.read(folder)
     filters = read_filters(folder)
     cells = in_order(benchmark.cells(points, trainings, rule))
-    picture = grids.save(picks(cells, "filter before cleaning"), folder / PICTURE)
+    some = any(one for cell in cells for one in cell.picks("blind"))
+    picture = grids.save(picks(cells, "filter before cleaning"), folder / PICTURE) if some else None
     shown, said = tables(points, trainings, cells, filters), benchmark.warnings(points, trainings)
     write_text(folder / benchmark_report.TABLE, markdown_page(shown, said))
     strays = sorted({one.strays for one in filters})
@@ -126,7 +127,7 @@ def build(folder: Path, rule: Rule, words: str) -> Path:
         files=f"{benchmark.POINTS}, {benchmark.TRAININGS} and {FILTERS}",
         sentences=benchmark_report.sentences(cells),
         warnings=said,
-        picture=benchmark_report.inline(picture),
+        picture=benchmark_report.inline(picture) if picture else None,
         drawn="ASR and accuracy of what was picked after each filter, a panel for each objective",
         words=f"{WORDS} The oracle looks at the trigger. The blind rule, written down before the run: {words}",
         tables=shown,

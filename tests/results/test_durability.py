@@ -57,9 +57,9 @@ def test_asr_stands_beside_accuracy_in_every_situation():
 def test_what_comes_back_is_counted_above_the_model_never_poisoned_seed_by_seed():
     table = durability.beyond_table(lines())
     # Both rise by a point a seed: the differences are the same in each.
-    assert table.rows == (("clip, cleanclip", "2.0 [2.0, 2.0]", "18.0 [18.0, 18.0]", "80.0 [80.0, 80.0]"),)
+    assert table.rows == (("clip, cleanclip", "2.0", "18.0", "80.0"),)
     lacking = [one for one in lines() if (one.model, one.seed, one.poison_pairs) != (NEVER, 2, 25)]
-    assert durability.beyond_table(lacking).rows[0][3] == "80.0 [80.0, 80.0]"
+    assert durability.beyond_table(lacking).rows[0][3] == "80.0"
     assert durability.beyond_table([one for one in lines() if one.model == NEVER]) is None
 
 

@@ -93,6 +93,9 @@ def test_the_largest_drift_within_the_budget_is_taken():
     assert blind(POINTS, START.seen, LargestDrift(budget=0.50)) is POINTS[2]
     assert blind(POINTS[2:4], START.seen, LargestDrift(budget=0.02)) is POINTS[3], "all lost too much: the best that is left"
     assert blind(POINTS, START.seen, BestUtility()) is POINTS[0]
+    admitted = [frontier(some, START, LargestDrift(budget=0.02)).admitted for some in (POINTS, POINTS[2:4], POINTS[:2])]
+    assert admitted == [True, False, True], "what is picked where all lost too much is told apart"
+    assert frontier(POINTS[2:4], START, BestUtility()).admitted and "where none lost so little" in LargestDrift().words
     selection = [point(0.0, 0.9, utility=0.5, drift=0.9), point(1.0, 0.1, utility=0.8, drift=0.1)]
     assert blind(selection, START.seen, LargestDrift()) is selection[1], "utility is not the evaluation's accuracy"
 
@@ -108,7 +111,7 @@ def test_the_frontier_of_one_model():
         frontier([], START, LargestDrift())
     lost = frontier([], START, LargestDrift(), failed=2)
     assert (lost.runs, lost.checkpoints, lost.succeeded, lost.area, lost.oracle, lost.blind) == (2, 0, 0, 0, None, None)
-    assert set(lost.accuracy_at) == set(lost.lowest_asr) == {None}
+    assert set(lost.accuracy_at) == set(lost.lowest_asr) == {None} and not lost.admitted
 
 
 def test_intervals_over_seeds_are_students():
@@ -116,6 +119,8 @@ def test_intervals_over_seeds_are_students():
     # t(2, 97.5 %) = 4.303, standard deviation 0.1.
     assert found.mean == pytest.approx(0.2) and found.high - 0.2 == pytest.approx(4.303 * 0.1 / 3**0.5)
     assert found.low == pytest.approx(0.4 - found.high) and (found.reached, found.n) == (3, 3)
+    equal = over_seeds([0.0, 0.0, 0.0])
+    assert (equal.mean, equal.low, equal.reached) == (0, None, 3), "three seeds that agree bound nothing"
     assert over_seeds([0.5]).low is None and over_seeds([0.5]).mean == 0.5
     missing = over_seeds([None, 0.5, 0.7])
     assert (missing.reached, missing.n) == (2, 3) and missing.mean == pytest.approx(0.6)

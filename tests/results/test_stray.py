@@ -26,8 +26,8 @@ def filters() -> list[Filtered]:
 
 def test_what_each_filter_found_is_counted():
     table = stray.filter_table(filters())
-    assert table.rows[0] == ("clip, dao", "90.0 [-37.1, 217.1]", "5 of 5 / 4 of 5", "0.9900", "5.0 [5.0, 5.0]", "2")
-    assert table.rows[1] == ("clip, clip_cosine", "0.0 [0.0, 0.0]", "0 of 5 / 0 of 5", "–", "5.0 [5.0, 5.0]", "2")
+    assert table.rows[0] == ("clip, dao", "90.0 [-37.1, 217.1]", "5 of 5 / 4 of 5", "0.9900", "5.0", "2")
+    assert table.rows[1] == ("clip, clip_cosine", "0.0", "0 of 5 / 0 of 5", "–", "5.0", "2")
 
 
 def test_a_detection_is_read_whether_or_not_the_truth_was_known(tmp_path):
@@ -67,6 +67,10 @@ def test_the_page_has_every_filter_in_the_order_of_the_question(tmp_path):
     assert shown == sorted(shown) and "5 stray pairs" in page and rule.words in html.unescape(page)
     table = (tmp_path / "table.md").read_text()
     assert table.startswith("**What the filters found**") and table.count("| :-- |") == 7
+    # Every cleaning broke off: there is nothing to draw, and the tables say so.
+    broken = [dataclasses.replace(one, status="failed") if one.cleaner else one for one in runs]
+    stray.write(tmp_path, [one for one in points if not one.cleaner], broken, filters())
+    assert "every run broke off" in stray.build(tmp_path, rule, rule.words).read_text()
     (tmp_path / stray.FILTERS).write_text('{"filter": 1}\n')
     with pytest.raises(InputError, match="filters.jsonl.*line 1"):
         stray.build(tmp_path, rule, rule.words)
