@@ -38,7 +38,7 @@ from mmbackdoor.recipe_files import flags
 from mmbackdoor.results import benchmark, durability
 from mmbackdoor.results.benchmark import Measured
 from mmbackdoor.results.record import write_text
-from mmbackdoor.results.removal_grid import Overrides
+from mmbackdoor.results.removal_grid import Overrides, check_free
 from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.types import InputError
 
@@ -85,6 +85,7 @@ def check(cfg: Config) -> tuple[objectives.Config, list[tuple[Measured, Path]]]:
     for name in cfg.cleaners:
         if name not in known:
             raise InputError(f"--cleaners {name!r} is none of {cfg.benchmark!r}; choose from {', '.join(known)}")
+    check_free("finetune", cfg.finetune, ("seed", "max_train_steps", "output_dir"))
     controls = {(one.objective, one.seed) for one in points if one.stage == "clean"}
     if any((one.objective, one.seed) not in controls for one in points):
         raise InputError(f"{cfg.benchmark!r} lacks the models that never were poisoned; run it with --control true")

@@ -39,7 +39,7 @@ from mmbackdoor.evaluate.clip_sight import Kept
 from mmbackdoor.recipe_files import flags
 from mmbackdoor.results import benchmark, benchmark_report, benchmark_tables, drafts
 from mmbackdoor.results.frontier import Blind, LargestDrift
-from mmbackdoor.results.removal_grid import Grid, check_names
+from mmbackdoor.results.removal_grid import Grid, check_free, check_names
 from mmbackdoor.shards.shapes_benchmark import BenchmarkShapes, benchmark_data, write_benchmark_shapes
 from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.types import InputError
@@ -60,7 +60,7 @@ class Config:
     learning_rates: Annotated[tuple[float, ...], Field(min_length=1), Doc("of cleaning, all tried")] = (1e-3,)
     seeds: Annotated[tuple[int, ...], Field(min_length=1), Doc("of poison, first weights and orders")] = (0,)
     blind: Annotated[Blind, Doc("how a defender picks a checkpoint, written down before the run")] = LargestDrift()
-    control: Annotated[bool, Doc("also train each objective without poison: what the trigger does to it")] = True
+    control: Annotated[bool | None, Doc("also train each objective without poison; none: yes, or as models_from")] = None
     models_from: Annotated[str, Doc("output_dir of a benchmark whose poisoned models are cleaned here, too")] = ""
     shapes: Annotated[BenchmarkShapes, Doc("what is drawn where no data are given")] = BenchmarkShapes()
     selection_data: Annotated[str, Doc("clean pictures with classes for the blind rule, if not drawn")] = ""
@@ -75,7 +75,7 @@ class Config:
 def completed(cfg: Config) -> Config:
     """`cfg`, with what it leaves out taken from the benchmark in `models_from`: data, and how to train and measure."""
     if not cfg.models_from:
-        return cfg
+        return replace(cfg, control=cfg.control is not False)
     there, default = recipe_files.settings_of(Config, cfg.models_from), Config()
     left_out = [name for name in OF_MODELS if vars(cfg)[name] == vars(default)[name]]
     home = there.models_from or cfg.models_from
@@ -92,6 +92,12 @@ def check(cfg: Config) -> list[dict[str, pretrain_clip.Config | clean_clip.Confi
         raise InputError(f"give all of {all_of}, or none (then shapes are drawn)")
     cfg.pretrain.poison.plan()
     check_names(objectives=cfg.objectives, cleaners=cfg.cleaners)
+    if any((cfg.pretrain.seed, cfg.pretrain.poison.seed, cfg.clean.seed)):
+        raise InputError("seeds are all set by `seeds`: leave out pretrain.seed, pretrain.poison.seed and clean.seed")
+    for name, more in cfg.objectives.items():
+        check_free(f"objectives.{name}", more, ("seed", "output_dir"))
+    for name, more in cfg.cleaners.items():
+        check_free(f"cleaners.{name}", more, ("seed", "output_dir", "model", "lr", "learning_rate"))
     kinds = ((cfg.pretrain, "objective", cfg.objectives), (cfg.clean, "defense", cfg.cleaners))
     return [{name: changed(base, flags({key: name} | more)) for name, more in of.items()} for base, key, of in kinds]
 
@@ -126,7 +132,7 @@ def run(cfg: Config) -> None:
     cfg = completed(cfg)
     grids = check(cfg)
     if cfg.selection_data:
-        check_apart(cfg.selection_data, cfg.evaluate.data)
+        check_apart(cfg.pretrain.train_data, cfg.clean.train_data, cfg.selection_data, cfg.evaluate.data)
     folder, state = Path(cfg.output_dir), make_accelerator()
     if cfg.dry_run:
         objectives_plan.say(cfg, *grids, state.num_processes)

@@ -38,7 +38,7 @@ from mmbackdoor.poison_clip import chosen_keys
 from mmbackdoor.recipe_files import flags
 from mmbackdoor.results import benchmark, benchmark_tables, stray
 from mmbackdoor.results.record import write_text
-from mmbackdoor.results.removal_grid import Grid, check_names
+from mmbackdoor.results.removal_grid import Grid, check_free, check_names
 from mmbackdoor.results.stray import NO_STRAYS, UNFILTERED
 from mmbackdoor.train.launch import make_accelerator
 from mmbackdoor.types import InputError
@@ -75,6 +75,7 @@ def check(cfg: Config) -> tuple[objectives.Config, poison_shards.Config]:
     for name, more in cfg.filters.items():
         if name in (NO_STRAYS, UNFILTERED):
             raise InputError(f"filters has the name {name!r}, which the benchmark uses itself; choose another")
+        check_free(f"filters.{name}", more, ("seed", "output_dir", "model", "train_data"))
         parse(detect.Config, flags({"detector": name} | more))
     poison = replace(found.pretrain.poison, rate=None, count=cfg.count)
     shards = poison_shards.Config(poison, found.clean.train_data, cfg.resolution, output_dir=cfg.output_dir)

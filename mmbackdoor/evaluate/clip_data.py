@@ -9,6 +9,7 @@ caption, or both.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,15 +72,21 @@ def open_data(spec: str) -> ClipData:
     return _described(folder, folder.resolve().name, paths)
 
 
-def check_apart(selection: str, evaluation: str) -> None:
-    """Raises `InputError` where the pictures that a choice looks at and those it is judged on share a shard."""
-    chosen_on, judged_on = ({Path(path).resolve() for path in open_data(spec).shards} for spec in (selection, evaluation))
-    if shared := chosen_on & judged_on:
-        raise InputError(
-            f"selection_data {selection!r} and evaluate.data {evaluation!r} share {len(shared)} shards, such as "
-            f"{str(min(shared))!r}: what the blind rule picks would be judged on the pictures that it looked at; keep them "
-            "apart"
-        )
+def check_apart(pretrain: str, clean: str, selection: str, evaluate: str) -> None:
+    """Raises `InputError` where data share a shard that are not to: those that a choice looks at or that it is judged on
+    with each other, or with those that were trained on."""
+    trained, looked = {"pretrain.train_data": pretrain, "clean.train_data": clean}, {"selection_data": selection}
+    looked |= {"evaluate.data": evaluate}
+    named, files = trained | looked, {name: expand(spec) for name, spec in trained.items()}
+    files |= {name: open_data(spec).shards for name, spec in looked.items()}
+    resolved = {name: {Path(path).resolve() for path in paths} for name, paths in files.items()}
+    for (one, mine), (other, theirs) in itertools.combinations(resolved.items(), 2):
+        # A cleaning may well have the pairs of the pre-training.
+        if other in looked and (shared := mine & theirs):
+            raise InputError(
+                f"{one} {named[one]!r} and {other} {named[other]!r} share {len(shared)} shards, such as "
+                f"{str(min(shared))!r}: what is picked would be judged on pictures that were looked at before; keep them apart"
+            )
 
 
 def _described(folder: Path, name: str, paths: Iterable[str]) -> ClipData:

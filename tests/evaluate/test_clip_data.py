@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,16 @@ def test_pictures_to_choose_with_lie_apart_from_those_to_judge_on(tmp_path):
         for number, path in enumerate(open_data(str(tmp_path / name)).shards):
             Path(path).rename(tmp_path / f"{name}-{number}.tar")
     (tmp_path / "link").symlink_to(tmp_path, target_is_directory=True)
-    check_apart(f"{tmp_path}/{{a,b}}-0.tar", f"{tmp_path}/{{c,d}}-0.tar")
+    trained = (f"{tmp_path}/a-1.tar", f"{tmp_path}/a-1.tar")
+    check_apart(*trained, f"{tmp_path}/{{a,b}}-0.tar", f"{tmp_path}/{{c,d}}-0.tar")
     for other in ("{c,b}-0.tar", "link/b-0.tar", "../{}/b-*.tar".format(tmp_path.name)):
         with pytest.raises(InputError, match=r"share 1 shards, such as '.*/b-0.tar': .* keep them apart"):
-            check_apart(f"{tmp_path}/{{a,b}}-0.tar", f"{tmp_path}/{other}")
+            check_apart(*trained, f"{tmp_path}/{{a,b}}-0.tar", f"{tmp_path}/{other}")
+    parts = {"pretrain.train_data": "a-0", "clean.train_data": "b-0", "selection_data": "c-0", "evaluate.data": "d-0"}
+    for trained_on, looked_at in itertools.product(list(parts)[:2], list(parts)[2:]):
+        shared = parts | {looked_at: f"{{{parts[looked_at]},{parts[trained_on]}}}"}
+        with pytest.raises(InputError, match=f"^{trained_on} .* and {looked_at} .* share 1 shards, .* keep them apart"):
+            check_apart(*(f"{tmp_path}/{name}.tar" for name in shared.values()))
 
 
 def test_captions_of_retrieval_sets_stand_one_a_line(folder):

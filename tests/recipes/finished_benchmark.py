@@ -51,6 +51,12 @@ def asked_for_more_seeds(folder: Path) -> None:
     (folder / "config.yaml").write_text(yaml.safe_dump(content | {"seeds": [0, 1]}))
 
 
+def with_a_poison_of_its_own(folder: Path) -> None:
+    content = yaml.safe_load((folder / "config.yaml").read_text())
+    content["objectives"]["cyclip"]["poison.label"] = "red ring"
+    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+
+
 def stamps(folder: Path, *kept: str) -> dict[str, int]:
     """When each file below `folder` was written that is one of `kept`, or lies in a folder of that name."""
     files = [path for path in folder.rglob("*") if path.is_file() and set(path.relative_to(folder).parts) & set(kept)]

@@ -12,7 +12,7 @@ from mmbackdoor import recipe_files
 from mmbackdoor.config import parse
 from mmbackdoor.results import benchmark, durability
 from mmbackdoor.types import Diverged, InputError
-from tests.recipes.finished_benchmark import asked_for_more_seeds, finished_benchmark, stamps
+from tests.recipes.finished_benchmark import asked_for_more_seeds, finished_benchmark, stamps, with_a_poison_of_its_own
 
 SMOKE = recipe_files.folders()["recipes"] / "configs/smoke/benchmark_durability.yaml"
 
@@ -125,6 +125,8 @@ def with_other_weights(folder: Path) -> None:
         ([], "finetune: {learning_rat: 1}", "learning_rat"),
         ([], without_controls, "--control true"),
         ([], with_other_weights, "not the model that the benchmark measured"),
+        ([], with_a_poison_of_its_own, r"gives 'cyclip' a poison of its own .poison.label."),
+        ([], "finetune: {max_train_steps: 3}", "finetune.max_train_steps is not possible"),
         ([], asked_for_more_seeds, "no line of the poisoned model of 'cyclip' with seed 1"),
     ],
 )

@@ -93,6 +93,9 @@ def test_other_cleaners_of_the_same_models_need_no_more_than_their_lines(recipe,
     assert points[0] == there[0] and [(one.cleaner, one.step) for one in points[1:]] == [("decay", 1), ("decay", 2)]
     assert trainings[1].weight_decay == 10.0 and trainings[1].batch_size == 8
     assert stamps(made) == before and not (tmp_path / "other/clip/seed-0/poisoned").exists()
+    assert recipe.completed(parse(recipe.Config, flags[:2])).control is False, "though the models there have controls"
+    (tmp_path / "plain.yaml").write_text(grid.replace("control: false\n", ""))
+    assert recipe.completed(parse(recipe.Config, ["--config", str(tmp_path / "plain.yaml")])).control is True
     # One that was trained otherwise is not taken for the same.
     (tmp_path / "grid.yaml").write_text(grid.replace("clip: {}", "clip: {train.learning_rate: 0.5}"))
     with pytest.raises(InputError, match="another train.learning_rate"):
@@ -203,6 +206,14 @@ def test_a_refused_call_leaves_what_says_how_all_was_made(recipe, made):
         ("pretrain: {poison: {label: yellow cat, trigger: patch}}", "poison.count"),
         ("pretrain: {model: clip_tiny_resnet}", "pretrain.poison is missing"),
         ("blind: {name: oracle}", "largest_drift, best_utility"),
+        ("cleaners: {a: {defense: cleanclip, seed: 5}}", r"cleaners.a.seed is not possible: the benchmark sets seed itself"),
+        ("cleaners: {a: {defense: cleanclip, train.learning_rate: 1.0}}", "cleaners.a.train.learning_rate is not possible"),
+        ("cleaners: {a: {defense: cleanclip, lr: 1.0}}", "cleaners.a.lr is not possible"),
+        ("cleaners: {a: {defense: cleanclip, output_dir: x}}", "cleaners.a.output_dir is not possible"),
+        ("cleaners: {a: {defense: cleanclip, model: x}}", "cleaners.a.model is not possible"),
+        ("objectives: {clip: {poison.seed: 1}}", "objectives.clip.poison.seed is not possible"),
+        ("clean: {seed: 1}", "seeds are all set by `seeds`"),
+        ("pretrain: {seed: 1, poison: {label: yellow cat, trigger: patch, count: 3}}", "seeds are all set by `seeds`"),
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_is_made(recipe, tmp_path, changed, said):
@@ -224,4 +235,4 @@ def test_shipped_grids_are_valid(recipe, path, tmp_path):
     recipe.check(cfg)
     # All compare objectives, but for those that ask whether a cell is hard for a cleaner.
     one = path.stem in ("cifar10_hard", "cifar10_structured", "cifar10_faint")
-    assert len(cfg.cleaners) > 1 and cfg.control and (len(cfg.objectives) > 1) == (not one)
+    assert len(cfg.cleaners) > 1 and cfg.control is not False and (len(cfg.objectives) > 1) == (not one)

@@ -12,7 +12,7 @@ from mmbackdoor import recipe_files
 from mmbackdoor.config import parse
 from mmbackdoor.results import benchmark, stray
 from mmbackdoor.types import InputError
-from tests.recipes.finished_benchmark import asked_for_more_seeds, finished_benchmark, stamps
+from tests.recipes.finished_benchmark import asked_for_more_seeds, finished_benchmark, stamps, with_a_poison_of_its_own
 
 SMOKE = recipe_files.folders()["recipes"] / "configs/smoke/benchmark_stray.yaml"
 
@@ -96,6 +96,8 @@ def poisoned_otherwise(folder: Path) -> None:
         ([], "filters: {nothing: {}}", "nothing"),
         ([], "filters: {dao: {drop_fraction: 2}}", "drop_fraction"),
         ([], poisoned_otherwise, "not the model that the benchmark measured"),
+        ([], with_a_poison_of_its_own, r"gives 'cyclip' a poison of its own .poison.label."),
+        ([], "filters: {dao: {seed: 3}}", "filters.dao.seed is not possible"),
         ([], asked_for_more_seeds, "no line of the poisoned model of 'cyclip' with seed 1"),
     ],
 )
