@@ -20,6 +20,8 @@ from mmbackdoor.train.loop import StepFn, training_steps
 from mmbackdoor.train.optim import Ema, TrainConfig, make_optimizer
 from mmbackdoor.types import InputError, RunFault
 
+_NORMS = (torch.nn.BatchNorm1d, torch.nn.BatchNorm2d)
+
 
 class Data(Protocol):
     """What a run reads: a `ShardLoader`, or `Prompts`. `start_step` counts micro-batches."""
@@ -112,7 +114,7 @@ class Session:
                 f"checkpoint {str(found.folder)!r} was written with another configuration ({change}); resume with the "
                 "configuration in the run's config.yaml, or take another --output_dir"
             )
-        change = order_change(state.get("order", {}), self._order)
+        change = order_change(state.get("order", {}), self._order) or self._norm_change(state.get("world_size"))
         if change and not self.train.resume_inexact:
             raise InputError(
                 f"checkpoint {str(found.folder)!r} cannot be gone on from exactly: {change}. Give back what it was, or "
@@ -128,6 +130,13 @@ class Session:
         if change and self.accelerator.is_main_process:
             print(f"resumed inexactly: {change}", flush=True)
         self.run.resume(self.start_step, change)
+
+    def _norm_change(self, before: int | None) -> str | None:
+        """What another number of processes changes although the batch over all of them is the same."""
+        now = self.accelerator.num_processes
+        if before in (None, now) or not any(isinstance(part, _NORMS) for part in self.module.modules()):
+            return None
+        return f"BatchNorm normalises by the pictures of each process, of which there were {before} and are {now}"
 
     def training(self, step_fn: StepFn, batches: Iterator[Any]) -> Iterator[tuple[int, dict[str, float]]]:
         """`training_steps` with a progress bar and checkpoints; at its end the moving average, if there is one, is in

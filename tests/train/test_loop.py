@@ -51,9 +51,9 @@ class Settings:
     name: str = "same"
 
 
-def session(folder, steps=12, name="same", data=None, **train):
+def session(folder, steps=12, name="same", data=None, module=None, **train):
     torch.manual_seed(0)
-    module = torch.nn.Linear(4, 1)
+    module = module or torch.nn.Linear(4, 1)
     parameters = dict(module.named_parameters())
     config = TrainConfig(**{"learning_rate": 1e-2, "checkpointing_steps": 4, "lr_scheduler": "cosine"} | train)
     resumed = []
@@ -351,6 +351,22 @@ def test_another_order_is_refused_with_its_reason_or_resumed_inexactly(tmp_path)
             session(tmp_path, data=other, resume_from_checkpoint="latest")
         inexact, _ = session(tmp_path, data=other, resume_from_checkpoint="latest", resume_inexact=True)
         assert inexact.start_step == 4 and inexact.run.resumed[0][1]
+
+
+def test_with_batch_norm_another_number_of_processes_is_another_run(tmp_path, monkeypatch):
+    def normed():
+        return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+
+    for folder, module in ((tmp_path / "plain", torch.nn.Linear(4, 1)), (tmp_path / "normed", normed())):
+        session(folder, module=module)[0].save(4)
+    session(tmp_path / "normed", module=normed(), resume_from_checkpoint="latest")
+    real = checkpoint.read_state
+    monkeypatch.setattr(checkpoint, "read_state", lambda folder: real(folder) | {"world_size": 2})
+    assert session(tmp_path / "plain", resume_from_checkpoint="latest")[0].start_step == 4
+    with pytest.raises(InputError, match="BatchNorm normalises by .* of which there were 2 and are 1.*--resume_inexact"):
+        session(tmp_path / "normed", module=normed(), resume_from_checkpoint="latest")
+    inexact, _ = session(tmp_path / "normed", module=normed(), resume_from_checkpoint="latest", resume_inexact=True)
+    assert inexact.run.resumed == [(4, "BatchNorm normalises by the pictures of each process, of which there were 2 and are 1")]
 
 
 def test_bad_samples_are_counted_kept_in_checkpoints_and_stop_the_run(tmp_path, capsys):
