@@ -1,7 +1,8 @@
 """Remove a backdoor from a CLIP by training it on clean pairs; neither the trigger nor its target need be known.
 
 Removals: cleanclip (Bansal et al. 2023, arXiv 2303.03323), finetune, ssl_only, shrink_perturb (Verma et al. 2023, arXiv
-2311.14948), par (Singh et al. 2024, arXiv 2412.00727), distill_anchor, reset_distill (ours). Defaults are CleanCLIP's.
+2311.14948), par (Singh et al. 2024, arXiv 2412.00727), distill_anchor, reset_distill (ours). Defaults are CleanCLIP's, but
+for what its "Differences" name (recipes/configs/clean_clip/rn50_cleanclip.yaml: as published).
 
     CPU, the tiny poisoned model of pretrain_clip (2 cores, a minute):
         accelerate launch -q recipes/clean_clip.py --config recipes/configs/clean_clip/tiny.yaml \\

@@ -22,7 +22,7 @@ class ViewEncoder(nn.Module):
 
     `network` is open_clip's. With `batch_norm` `separate` each view of the pictures is normalised by its own
     statistics, and the first one alone moves the running statistics, which are those of evaluation: that a model
-    was trained with augmented views does not change what it expects of a clean picture. `mixed` encodes all views as
+    was trained with augmented views beside a clean one does not change what it expects of clean pictures. `mixed` encodes all views as
     one batch, as the published code of CleanCLIP does. `projection` is a head for the augmented pictures.
     """
 

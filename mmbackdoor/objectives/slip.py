@@ -1,4 +1,4 @@
-"""SLIP: CLIP's objective and SimCLR between two strong views of each picture, behind a projection head."""
+"""SLIP: CLIP's objective and SimCLR between two augmented views of each picture, behind a projection head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ class Slip:
     """L_CLIP + `ssl_weight` * L_SimCLR (Mu et al. 2021, arXiv 2112.12750, algorithm 1). `projection` are the widths of
     the head's layers; the head is thrown away after the training.
 
-    Differences: the head starts from the embedding, not from what lies before its last projection; the picture beside
+    Differences: the views are as strong as pretrain_clip's `augmentation` (`strong`: the paper's kind, with crops; the default
+    `auto` has none); the head starts from the embedding, not from what lies before its last projection; the picture beside
     the caption is not cropped at random; `equal_captions`, as in `clip`, and between pictures `soft` leaves pairs with
     equal captions out. Parts are reported as they enter the sum.
     """

@@ -19,8 +19,9 @@ from mmbackdoor.objectives.self_supervision import Direction
 @dataclass(frozen=True)
 class CleanClip(ClipRemoval):
     """Equation 4 with both weights 1; published with 100 000 clean pairs, 10 epochs, batch 64, rate 1e-5, 50 steps of
-    warm-up. Differences: captions are augmented anew in every epoch; `equal_captions`; the published code had no
-    warm-up in effect and went on with the poisoned run's Adam moments and weight decay, here all are as asked for."""
+    warm-up. Differences: captions are augmented anew in every epoch; `equal_captions` (published: `plain`); of the recipe
+    `batch_norm` (`mixed`) and `max_grad_norm` (none); the published code had no warm-up in effect and went on with the
+    poisoned run's Adam moments and weight decay, here all are as asked for."""
 
     clip_weight: Annotated[float, Field(ge=0)] = 1.0
     ssl_weight: Annotated[float, Field(ge=0)] = 1.0

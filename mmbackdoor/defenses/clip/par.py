@@ -22,7 +22,8 @@ class Par(ClipRemoval):
     -0.075). Published with 250 000 pairs, 2 epochs, batch 2048, a peak rate of 3e-6, weight decay 1e-4.
 
     Differences: both terms see the same view of a picture (the published code perturbs on augmented ones; for that,
-    `augmentation`); each modality has its own switch, on the mean over all processes.
+    `augmentation`); each modality has its own switch, on the mean over all processes. With augmented views alone the
+    running statistics of BatchNorm are those of augmented pictures: `--recalibrate_batches`, or `augmentation none`.
     """
 
     perturb_weight: Annotated[float, Field(gt=0)] = 0.5
