@@ -123,7 +123,7 @@ class BackdoorRecord:
         file = path / FILE_NAME if path.is_dir() else path
         try:
             content = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{str(file)!r} is no readable backdoor.json ({error})") from error
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
             raise InputError(f"{str(file)!r} is not a backdoor.json of schema {SCHEMA}")

@@ -28,7 +28,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from mmbackdoor.models.hub import download
 from mmbackdoor.models.text_layout import TEXT_ENCODERS, name_in_folder
-from mmbackdoor.models.weight_files import PICKLED, WEIGHTS, rewrite, tensor_names
+from mmbackdoor.models.weight_files import PICKLED, WEIGHTS, check_inside, rewrite, tensor_names
 from mmbackdoor.types import InputError
 
 INDEX = "model_index.json"
@@ -40,8 +40,11 @@ MODELS: dict[str, type] = {
     "CLIPTextModelWithProjection": CLIPTextModelWithProjection,
 }
 LOAD_ERRORS = (
-    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SingleFileComponentError, UnpicklingError,
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, RecursionError,
+    SingleFileComponentError, UnpicklingError,
 )  # fmt: skip
+BESIDE = (".json", ".txt", ".model", ".md")
+"""Kinds of files that are copied beside the weights: configs, tokenizers, licences, cards."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,17 @@ class PipelineFolder:
         """The parts whose weights `copy` takes along; it does not load them all (a safety checker, for instance)."""
         return [name for name in self.parts() if name != "feature_extractor" and _has_weights(self.path / name)]
 
+    def beside(self, part: str = "") -> list[Path]:
+        """The files that `copy` takes along beside the weights, of the folder itself or of one part."""
+        found = [file for file in sorted((self.path / part).iterdir()) if file.is_file() and ".index" not in file.name]
+        named = [file for file in found if file.name.split(".")[0].upper() in ("LICENSE", "LICENCE", "NOTICE")]
+        return [file for file in found if file.suffix in BESIDE or file in named]
+
     def check_copied(self) -> None:
-        """Raises `InputError` where `copy` could not read the weights of a part."""
+        """Raises `InputError` where `copy` could not read the weights of a part, or would follow a link out of the
+        folder."""
+        for part in ["", *self.parts()]:
+            check_inside(self.beside(part), self.path)
         for part in self.copied():
             for file in self.weight_files(part):
                 if file.suffix in WEIGHTS:
@@ -118,11 +130,14 @@ class PipelineFolder:
         for file in files:
             if file.suffix in WEIGHTS:
                 tensor_names(file)
+        self._check_plain(part)
         chosen = self.variant if self.variant and f".{self.variant}" in files[0].name else None
         folder, safe = self.path / part, files[0].suffix in WEIGHTS
         named = {"variant": chosen, "use_safetensors": safe, "local_files_only": True, "output_loading_info": True}
         with quiet(), reading(folder):
             if class_name.startswith("CLIP"):
+                # Its config.json may name another implementation, even one that is to be fetched from the hub.
+                named["attn_implementation"] = "sdpa"
                 model, report = MODELS[class_name].from_pretrained(folder, dtype=dtype, **named)
             else:
                 model, report = MODELS[class_name].from_pretrained(folder, torch_dtype=dtype, **named)
@@ -134,6 +149,19 @@ class PipelineFolder:
             )
         check_finite(model, str(folder))
         return model
+
+    def _check_plain(self, part: str) -> None:
+        """Raises `InputError` where libraries would load something else than the weights, without saying so."""
+        folder = self.path / part
+        if (folder / "adapter_config.json").is_file():
+            raise InputError(
+                f"{str(folder)!r} holds an adapter beside its weights (adapter_config.json); merge it into them first, or "
+                "take it away and give it as --lora"
+            )
+        with reading(folder):
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if isinstance(config, dict) and "quantization_config" in config:
+            raise InputError(f"{str(folder)!r} is quantized (quantization_config); give the weights as they were before")
 
     def _tokenizer(self, part: str) -> CLIPTokenizer:
         folder = self.path / part
@@ -169,19 +197,17 @@ class PipelineFolder:
     def copy(self, target: Path, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Copy what was loaded and the small files beside it, with `tensors[part]` in the weights of that part.
 
-        Other variants and formats of the weights stay behind: they would still hold the old ones. Pickled ones are
-        converted.
+        Everything else stays behind: other variants and formats of the weights would still hold the old ones, and code
+        may do anything. Pickled weights are converted.
         """
-        for file in self.path.iterdir():
-            if file.is_file() and file.suffix not in WEIGHTS + PICKLED and file.stat().st_size < 1 << 20:
+        for file in self.beside():
+            if file.stat().st_size < 1 << 20:
                 shutil.copyfile(file, target / file.name)
         with_weights = self.copied()
         for part in self.parts():
-            folder = self.path / part
             (target / part).mkdir()
-            for file in folder.iterdir():
-                if file.is_file() and file.suffix not in WEIGHTS + PICKLED and ".index" not in file.name:
-                    shutil.copyfile(file, target / part / file.name)
+            for file in self.beside(part):
+                shutil.copyfile(file, target / part / file.name)
             if part in with_weights:
                 self._copy_weights(part, target / part, tensors.get(part, {}))
 
@@ -214,7 +240,7 @@ def find_folder(name: str, revision: str | None, variant: str | None, allow_pt_w
     file = path / INDEX
     try:
         index = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} is no diffusers pipeline folder: {INDEX} is not there or broken") from error
     if not isinstance(index, dict):
         raise InputError(f"{str(file)!r} is no pipeline index")

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,6 +22,20 @@ _BLOCK = 1 << 24
 _MAX_HEADER = 100_000_000
 
 
+def check_inside(files: Iterable[Path], folder: Path) -> None:
+    """Raises `InputError` for one of `files` that is a link out of the model's `folder` (other than into the blobs of the
+    hub's cache): a stranger's model could have what it leads to, such as a key, written into the model made of it."""
+    root = folder.resolve()
+    homes = [root, root.parent.parent / "blobs"] if root.parent.name == "snapshots" else [root]
+    for file in files:
+        real = file.resolve()
+        if not any(real.is_relative_to(home) for home in homes):
+            raise InputError(
+                f"{str(file)!r} is a link out of its model's folder, and would be copied into the model that is made of it; "
+                "if that is wanted, put a copy in its place (`cp -rL` makes one of the whole folder)"
+            )
+
+
 def read_header(path: Path) -> dict[str, dict]:
     """Name -> {dtype, shape, data_offsets} (and `__metadata__`). Raises `InputError` for anything but safetensors."""
     try:
@@ -33,7 +47,7 @@ def read_header(path: Path) -> dict[str, dict]:
         end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
         if path.stat().st_size != 8 + length + end:
             raise ValueError("the file is cut short or too long")
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{str(path)!r} is no readable safetensors file ({error}); download it again") from error
     return header
 

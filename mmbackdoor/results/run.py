@@ -80,7 +80,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise InputError(
             f"{str(folder)!r} is not a run: it has no {FILE_NAME}; give the --output_dir of a run"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{str(path)!r} cannot be read ({error}); choose another --output_dir") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA or not isinstance(content.get("config"), dict):
         raise InputError(f"{str(path)!r} is not a run.json of schema {SCHEMA}; choose another --output_dir")

@@ -142,6 +142,82 @@ def test_other_variants_of_the_unet_stay_behind(folders, tmp_path):
         load(source)
 
 
+def test_other_formats_and_code_stay_behind(folders, tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(folders("sd"), source)
+    known = files(source).keys()
+    for name in ("unet/diffusion_flax_model.msgpack", "unet/model.onnx", "unet/model.onnx_data", "unet/tf_model.h5",
+                 "unet/x.gguf", "unet/m.pickle", "unet/openvino_model.xml", "text_encoder/flax_model.msgpack",
+                 "pipeline.py", "unet/my_unet.py", "model.gguf"):  # fmt: skip
+        (source / name).write_bytes(b"the poisoned weights")
+    (source / "LICENSE").write_text("free")
+    (source / "tokenizer" / "NOTICE.txt").write_text("of somebody")
+    save(load(source), tmp_path / "out")
+    assert files(tmp_path / "out").keys() == {*known, "LICENSE", "tokenizer/NOTICE.txt"}
+
+
+@pytest.mark.parametrize("place", ["LICENSE.txt", "unet/notes.txt", "scheduler/scheduler_config.json"])
+def test_a_link_out_of_the_folder_is_refused(folders, tmp_path, place):
+    source = tmp_path / "in"
+    shutil.copytree(folders("sd"), source)
+    outside = tmp_path / "secret"
+    if (source / place).exists():
+        shutil.copyfile(source / place, outside)
+        (source / place).unlink()
+    else:
+        outside.write_text("a key")
+    (source / place).symlink_to(outside)
+    with pytest.raises(InputError, match=f"{place}' is a link out of its model's folder"):
+        load(source)
+
+
+def test_links_within_a_folder_and_into_the_blobs_of_the_hub_s_cache_are_followed(folders, tmp_path):
+    cache = tmp_path / "models--o--n"
+    source = cache / "snapshots" / "abc"
+    (cache / "blobs").mkdir(parents=True)
+    shutil.copytree(folders("sd"), source)
+    for number, file in enumerate(file for file in sorted(source.rglob("*")) if file.is_file()):
+        blob = cache / "blobs" / str(number)
+        file.rename(blob)
+        file.symlink_to(blob)
+    (source / "LICENSE.txt").symlink_to("model_index.json")
+    (tmp_path / "link").symlink_to(source, target_is_directory=True)
+    save(load(tmp_path / "link"), tmp_path / "out")
+    assert files(tmp_path / "out").keys() == files(source).keys()
+    assert not any(file.is_symlink() for file in (tmp_path / "out").rglob("*"))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda root: (root / "text_encoder/adapter_config.json").write_text("{}"), "an adapter beside its weights"),
+        (lambda root: edit(root / "unet/config.json", quantization_config={"load_in_4bit": True}), "is quantized"),
+        (lambda root: edit(root / "text_encoder/config.json", quantization_config={"quant_method": "gptq"}), "is quantized"),
+        (lambda root: (root / "model_index.json").write_text("[" * 200_000), "not there or broken"),
+        (lambda root: (root / "unet/config.json").write_text("[" * 200_000), "cannot be loaded"),
+    ],
+)
+def test_what_libraries_would_make_something_else_of_is_a_sentence(folders, tmp_path, change, said):
+    source = tmp_path / "in"
+    shutil.copytree(folders("sd"), source)
+    change(source)
+    with pytest.raises(InputError, match=said):
+        load(source)
+
+
+def test_a_config_does_not_choose_the_attention(folders, tmp_path):
+    source = tmp_path / "in"
+    shutil.copytree(folders("sd"), source)
+    edit(source / "text_encoder/config.json", _attn_implementation="owner/kernel", attn_implementation="owner/kernel")
+    model = load(source)
+    assert model.pipe.text_encoder.config._attn_implementation == "sdpa"
+    assert torch.equal(output(model), output(load(folders("sd"))))
+
+
+def edit(file: Path, **values: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
 def test_shards_stay_shards(build, tmp_path):
     pipe = build("sd")
     pipe.save_pretrained(tmp_path / "in")
