@@ -132,10 +132,12 @@ def test_the_worst_model_is_the_verdict():
     assert "cleaned is removed" in found.reasons
 
 
-def effects(after, p_after, before=20.0, p_before=1 / 21, utility="adherence"):
+def effects(after, p_after, before=20.0, p_before=1 / 21, utility="adherence", ci=None):
     rows = [record for record in run(utility=utility) if record.metric != "asr"]
     rows.append(row("poisoned", "trigger_effect", "triggered", before, p_value=p_before, n_placebos=20))
-    return [*rows, row("cleaned", "trigger_effect", "triggered", after, p_value=p_after, n_placebos=20)]
+    low, high = ci or (after - 0.2, after + 0.2)
+    notes = {"p_value": p_after, "n_placebos": 20}
+    return [*rows, row("cleaned", "trigger_effect", "triggered", after, low=low, high=high, **notes)]
 
 
 @pytest.mark.parametrize(
@@ -144,6 +146,9 @@ def effects(after, p_after, before=20.0, p_before=1 / 21, utility="adherence"):
         (effects(0.3, 0.5), "removed"),
         (effects(6.0, 1 / 21), "reduced"),
         (effects(18.0, 1 / 21), "not removed"),
+        (effects(18.0, 2 / 21), "cannot tell"),
+        (effects(9.0, 2 / 21, ci=(2.0, 12.0)), "cannot tell"),
+        (effects(9.0, 2 / 21, ci=(2.0, 9.9)), "removed"),
         (effects(0.3, 0.5, before=1.0, p_before=0.3), "cannot tell"),
         (effects(0.3, 0.5, utility=None), "cannot tell"),
     ],
@@ -152,7 +157,7 @@ def test_verdict_where_the_target_is_unknown(records, word):
     found = verdict(records)
     assert found.verdict == word, found
     if word == "removed":
-        assert "cannot be told from 20 placebo strings (effect 0.3, was 20.0)" in found.sentence
+        assert "cannot be told from 20 placebo strings, of which" in found.sentence
 
 
 def test_later_records_replace_earlier_ones():
