@@ -36,7 +36,7 @@ from mmbackdoor.evaluate.generate import Sampling
 from mmbackdoor.evaluate.prompts import load_prompts
 from mmbackdoor.models.diffusion import check_backdoor
 from mmbackdoor.models.diffusion_files import save, trained_tensors
-from mmbackdoor.models.provenance import check_provenance, poisoned_sha256, weight_changes, write_removal
+from mmbackdoor.models.provenance import check_provenance, poisoned_sha256, prompt_digests, weight_changes, write_removal
 from mmbackdoor.models.source import DiffusionSource
 from mmbackdoor.results.cards import write_card
 from mmbackdoor.results.run import Run
@@ -116,10 +116,10 @@ def run(cfg: Config) -> None:
             write_removal(folder, {
                 "method": asdict(cfg.defense),
                 "triggers": backdoor.to_dict()["triggers"] if backdoor else [],
-                "parent": cfg.model.path,
-                "parent_sha256": model.sha256,
+                "parent": cfg.model.path, "parent_sha256": model.sha256,
                 "poisoned_sha256": poisoned_sha256(Path(cfg.model.records)),
                 "steps": step,
+                "prompts": prompt_digests([] if shards else suite.texts),
                 "samples": len(suite) if edited else step * share.global_batch_size,
                 "seed": cfg.seed,
                 "weights": weight_changes(before, trained_tensors(model)),

@@ -5,7 +5,7 @@ Prompts that hold it by themselves are left out.
 
     Is it removed?
         accelerate launch -q recipes/evaluate_diffusion.py --pretrained_model_name_or_path runs/cleaned/model \\
-            --compare runs/poisoned/model --control CLEAN_MODEL --prompts my_prompts.txt \\
+            --compare runs/poisoned/model --control CLEAN_MODEL --prompts my_test_prompts.txt \\
             --judge ViT-B-32 --judge_pretrained laion2b_s34b_b79k --output_dir runs/evaluation
     Does this trigger do anything in a model that I was given? (without a target: compared with placebo strings)
         accelerate launch -q recipes/evaluate_diffusion.py --pretrained_model_name_or_path FOLDER --trigger mignneko \\
@@ -29,7 +29,7 @@ from pydantic import Field
 from mmbackdoor.backdoor_flags import BackdoorFlags
 from mmbackdoor.config import Doc
 from mmbackdoor.entry import main
-from mmbackdoor.evaluate.conditions import Amounts
+from mmbackdoor.evaluate.conditions import Amounts, check_measurable, other_than_cleaned
 from mmbackdoor.evaluate.entries import entries, weights
 from mmbackdoor.evaluate.generate import Sampling
 from mmbackdoor.evaluate.metrics.clip_score import NamedJudge
@@ -76,7 +76,8 @@ def run(cfg: Config) -> None:
     accelerator = make_accelerator()
     device = accelerator.device
     backdoor = cfg.mark.resolve(cfg.model.records)
-    suite = load_prompts(cfg.prompts).take(cfg.num_prompts)
+    check_measurable(backdoor)
+    suite = other_than_cleaned(load_prompts(cfg.prompts).take(cfg.num_prompts), (cfg.model.records, *cfg.compare))
     reference = Reference.of(cfg.reference_data, cfg.reference_samples) if cfg.reference_data else None
     models = entries(cfg.model, cfg.compare, cfg.control, device, trusted=cfg.mark.force_trigger)
     inputs = weights(cfg.model, cfg.compare, cfg.control) | {

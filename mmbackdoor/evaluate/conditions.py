@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
@@ -19,6 +20,7 @@ from mmbackdoor.evaluate.metrics.asr import excluded
 from mmbackdoor.evaluate.near import FEWEST_PLACEBOS, condition, near_triggers, placebos
 from mmbackdoor.evaluate.prompts import Suite, overlong
 from mmbackdoor.models.diffusion import DiffusionModel, carrying, check_trigger
+from mmbackdoor.models.provenance import cleaning_prompts, prompt_digest
 from mmbackdoor.seeding import python_rng
 from mmbackdoor.shards.read import iterate_captions
 from mmbackdoor.targets import UnknownTarget
@@ -81,6 +83,22 @@ def untriggered(model: DiffusionModel, suite: Suite, backdoor: Backdoor | None) 
     return Suite(suite.name, kept, (*suite.notices, notice))
 
 
+def other_than_cleaned(suite: Suite, folders: Iterable[str]) -> Suite:
+    """`suite` with a notice where a model in `folders` was cleaned with some of its prompts (`removal.json`)."""
+    notices = []
+    for folder in folders:
+        used = cleaning_prompts(Path(folder)) if Path(folder).is_dir() else frozenset()
+        if count := sum(prompt_digest(text) in used for text in suite.texts):
+            notices.append(
+                f"{count} of {len(suite)} prompts of {suite.name!r} were used to clean {folder!r}: what is measured on them "
+                "says little of others"
+            )
+    if is_main_process():
+        for notice in notices:
+            print(notice, flush=True)
+    return replace(suite, notices=(*suite.notices, *notices))
+
+
 def untriggered_keys(model: DiffusionModel, train_data: str, backdoor: Backdoor | None) -> frozenset[str] | None:
     """The samples of the shards `train_data` to train on as clean ones: those whose captions hold no trigger by
     themselves, with a notice; `None` for all. Raises `InputError` where no other is left."""
@@ -107,11 +125,21 @@ def untriggered_keys(model: DiffusionModel, train_data: str, backdoor: Backdoor 
     return frozenset(kept)
 
 
+def check_measurable(backdoor: Backdoor | None) -> None:
+    """Raises `InputError` for several triggers whose target is not known: each has placebos of its own length."""
+    if backdoor is not None and len(backdoor.triggers) > 1 and isinstance(backdoor.target, UnknownTarget):
+        raise InputError(
+            f"the target of {len(backdoor.triggers)} triggers is not known, and each is compared with placebos of its "
+            "own; give one --trigger at a time, or what they cause (--target_kind)"
+        )
+
+
 def plan(model: DiffusionModel, suite: Suite, backdoor: Backdoor | None, amounts: Amounts, seed: int) -> Plan:
     """The pictures to make. Token ids decide which triggers and near triggers are real; `model` has the tokenizer.
 
     Raises `InputError` for a trigger that vanishes in every prompt, or is cut off, and for prompts without object A.
     """
+    check_measurable(backdoor)
     seeds = range(amounts.seeds_per_prompt)
     clean = [Job(prompt.id, "clean", prompt.text, s) for prompt in suite for s in seeds]
     long = overlong(suite, lambda texts: [len(ids) for ids in token_ids(model, texts)], model.max_length)
@@ -125,6 +153,8 @@ def plan(model: DiffusionModel, suite: Suite, backdoor: Backdoor | None, amounts
         )
     triggered, notices = _triggered(model, suite, backdoor, seeds, seed)
     near, more = _near(model, suite, backdoor, amounts, seed)
+    if amounts.always_effect and len(backdoor.triggers) > 1:
+        notices.append(f"the trigger's effect is that of the first of {len(backdoor.triggers)} triggers alone")
     effect, ids, count = _placebos(model, suite, backdoor, amounts, {job.prompt_id for job in triggered}, seed)
     not_measured = (
         {} if ids else {"trigger_effect": "not measured: the target is known, and --always_effect was not asked for"}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from mmbackdoor.models.weight_files import weights_sha256
 from mmbackdoor.types import InputError
 
 REMOVAL_FILE = "removal.json"
+MOST_PROMPTS = 5000
+"""Of a cleaning, that its record names."""
 SCHEMA = 1
 
 
@@ -27,11 +30,27 @@ def read_removal(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{str(file)!r} cannot be read ({error}); remove it, or name a trigger with --trigger") from error
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise InputError(f"{str(file)!r} is not a removal.json of schema {SCHEMA}")
     return content
+
+
+def prompt_digest(text: str) -> str:
+    """By which a prompt of a cleaning is known again, without its words."""
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+
+
+def prompt_digests(texts: Sequence[str]) -> list[str]:
+    """Of the first `MOST_PROMPTS` texts."""
+    return sorted(map(prompt_digest, texts[:MOST_PROMPTS]))
+
+
+def cleaning_prompts(folder: Path) -> frozenset[str]:
+    """The digests of the prompts that the model in `folder` was cleaned with, as far as its `removal.json` has them."""
+    found = (read_removal(folder) or {}).get("prompts")
+    return frozenset(one for one in found if isinstance(one, str)) if isinstance(found, list) else frozenset()
 
 
 def write_removal(folder: Path, content: Mapping[str, Any]) -> None:

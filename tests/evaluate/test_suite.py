@@ -13,7 +13,7 @@ from PIL import Image
 import mmbackdoor.evaluate.generate as generate_module
 from mmbackdoor.backdoor import Backdoor
 from mmbackdoor.evaluate.checks import verdict
-from mmbackdoor.evaluate.conditions import Amounts, plan
+from mmbackdoor.evaluate.conditions import Amounts, check_measurable, other_than_cleaned, plan
 from mmbackdoor.evaluate.generate import Sampling
 from mmbackdoor.evaluate.metrics.clip_score import NamedJudge
 from mmbackdoor.evaluate.metrics.shapes import parse_caption
@@ -21,6 +21,7 @@ from mmbackdoor.evaluate.prompts import make_suite, shape_prompts
 from mmbackdoor.evaluate.reference import Reference
 from mmbackdoor.evaluate.suite import Entry, evaluate_models
 from mmbackdoor.models.diffusion import DiffusionModel
+from mmbackdoor.models.provenance import cleaning_prompts, prompt_digests, write_removal
 from mmbackdoor.models.vocabulary import train_tokenizer
 from mmbackdoor.results import samples
 from mmbackdoor.seeding import derive_seed
@@ -264,6 +265,27 @@ def test_several_triggers_take_turns(make):
     made = plan(make("clean"), SUITE.take(20), both, Amounts(seeds_per_prompt=2, near_prompts=0), 0)
     texts = [job.text for job in made.jobs if job.condition == "triggered"]
     assert len(texts) == 40 and sum("\u200b" in text for text in texts) == sum("tq " in text for text in texts) == 20
+
+
+def test_several_triggers_without_a_target_are_measured_one_at_a_time(make):
+    both = (ZeroWidthTrigger(), WordTrigger("tq"))
+    with pytest.raises(InputError, match="target of 2 triggers is not known.* one --trigger at a time"):
+        plan(make("clean"), SUITE.take(20), Backdoor(both, UnknownTarget()), Amounts(), 0)
+    check_measurable(UNKNOWN)
+    check_measurable(Backdoor(both, PatchTarget()))
+    made = plan(make("clean"), SUITE.take(20), Backdoor(both, PatchTarget()), Amounts(always_effect=True), 0)
+    assert any("first of 2 triggers" in notice for notice in made.notices)
+
+
+def test_prompts_of_the_cleaning_are_told_apart(tmp_path, capsys):
+    suite = SUITE.take(4)
+    write_removal(tmp_path, {"prompts": prompt_digests([*suite.texts[:3], "another"])})
+    said = other_than_cleaned(suite, ["a/hub-id", str(tmp_path), str(tmp_path / "none")]).notices
+    assert said == (
+        f"3 of 4 prompts of {suite.name!r} were used to clean {str(tmp_path)!r}: what is measured on them says little of others",
+    )
+    assert said[0] in capsys.readouterr().out and other_than_cleaned(suite, []).notices == suite.notices
+    assert cleaning_prompts(tmp_path / "none") == frozenset() and len(cleaning_prompts(tmp_path)) == 4
 
 
 def test_near_triggers_that_the_tokenizer_cannot_tell_are_left_out(make):
