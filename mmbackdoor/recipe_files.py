@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 import shlex
 import shutil
@@ -88,6 +89,8 @@ def stage(recipe: str, *flags: object) -> None:
         print(f"\n$ accelerate launch -q recipes/{recipe}.py {shlex.join(arguments)}", flush=True)
     module = load(recipe)
     module.run(parse(module.Config, arguments))
+    # A model prepared for mixed precision refers to itself: it would stay on the device beside the next one.
+    gc.collect()
 
 
 def stage_of(recipe: str, settings: Mapping[str, Any]) -> None:

@@ -38,7 +38,7 @@ from mmbackdoor.models.small import small_pipeline
 from mmbackdoor.models.source import DiffusionSource, shipped
 from mmbackdoor.models.text_encoder import to_clip_text_model
 from mmbackdoor.models.tiny import tiny_pipeline
-from mmbackdoor.models.trainable import Teacher, trainable
+from mmbackdoor.models.trainable import trainable
 from mmbackdoor.models.weight_files import sha256_at
 from mmbackdoor.results.cards import FINE_TUNED, write_card
 from mmbackdoor.results.run import Run
@@ -111,12 +111,10 @@ def run(cfg: Config) -> None:
             check_provenance(Path(cfg.model.records))
         model = make_model(cfg, accelerator.device)
         parameters = trainable(model, cfg.objective.trainable, cfg.rank, cfg.train.gradient_checkpointing)
-        teacher = Teacher(model, parameters)
         steps = total_steps(cfg.train, loader.num_samples, share.global_batch_size)
         held = {"text encoder and autoencoder": model.frozen_tensors()}
-        held["tensors of the teacher"] = teacher.originals.values()
         session = Session(accelerator, model.unet, parameters, cfg.train, record, steps, loader, held)
-        setting = DiffusionSetting(model, session.module, teacher, cfg.seed)
+        setting = DiffusionSetting(model, session.module, None, cfg.seed)
         batches = encoded(
             with_random_words(
                 image_batches(loader, share, model.resolution, accelerator.device, session.start_step),

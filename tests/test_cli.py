@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import io
 import json
 import os
@@ -10,8 +11,10 @@ import re
 import subprocess
 import sys
 import tarfile
+import weakref
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
@@ -65,6 +68,27 @@ def run(capsys, *argv: str) -> tuple[int, str, str]:
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()
+
+
+def test_what_a_stage_leaves_in_a_circle_is_freed_before_the_next(monkeypatch):
+    left = []
+
+    class Model:
+        pass
+
+    def run(cfg):
+        model = Model()
+        model.itself = model
+        left.append(weakref.ref(model))
+
+    real = recipe_files.load("clean_diffusion")
+    monkeypatch.setattr(recipe_files, "load", lambda name: SimpleNamespace(Config=real.Config, run=run))
+    gc.disable()
+    try:
+        recipe_files.stage("clean_diffusion")
+    finally:
+        gc.enable()
+    assert left[0]() is None
 
 
 def test_help_is_light():

@@ -25,7 +25,8 @@ from mmbackdoor.objectives.diffusion import (
 @dataclass(frozen=True)
 class Finetune:
     """The denoising objective of latent diffusion (Rombach et al. 2022, eq. 3) on clean data. Needs `--train_data`;
-    the trigger is not used."""
+    the trigger is not used. Empty captions are encoded, as diffusers' scripts do; what guidance subtracts from SDXL are
+    zeros, which no caption trains."""
 
     latents: Literal["data", "teacher"] = "data"
     trainable: Trainable = "all"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -63,6 +64,7 @@ def evaluate_models(
             share = {"rank": rank, "world_size": world_size, "batch_size": batch_size}
             generate(model, made.jobs, out_dir=out_dir, name=name, sampling=sampling, **share)
             del model
+            gc.collect()
     if rank != 0:
         return []
     scored: dict[str, Scored] = {}

@@ -20,12 +20,12 @@ class Predictor(Protocol):
 
 @dataclass(frozen=True)
 class DiffusionSetting:
-    """`unet` is the U-Net as prepared for training (wrapped for several processes); `teacher` the frozen start.
-    `recorder` is there for methods that read cross-attention maps."""
+    """`unet` is the U-Net as prepared for training (wrapped for several processes); `teacher` the frozen start,
+    `None` for a method that asks for none. `recorder` is there for methods that read cross-attention maps."""
 
     model: DiffusionModel
     unet: Callable[..., torch.Tensor]
-    teacher: Predictor
+    teacher: Predictor | None
     seed: int
     recorder: AttentionRecorder | None = None
 

@@ -112,14 +112,13 @@ def prompt_batches(
 
 
 def to_tensor(image: Image.Image, resolution: int) -> torch.Tensor:
-    """An RGB picture as (3, resolution, resolution) in [-1, 1]: shorter side resized, centre cropped."""
+    """An RGB picture as (3, resolution, resolution) in [-1, 1]: the square in its centre, resized."""
     if image.size != (resolution, resolution):
-        width, height = image.size
-        scale = resolution / min(width, height)
-        size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-        left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-        image = image.crop((left, top, left + resolution, top + resolution))
+        side = min(image.size)
+        left, top = ((length - side) / 2 for length in image.size)
+        # The crop alone is resized: of a picture a thousand times as wide as it is high the whole would take gigabytes.
+        box = (left, top, left + side, top + side)
+        image = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box)
     return torch.from_numpy(np.array(image, np.float32)).permute(2, 0, 1) / 127.5 - 1
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmbackdoor.attacks import DiffusionAttack, EvilEdit, RickrollingTPA
 from mmbackdoor.config_schema import is_main_process
-from mmbackdoor.defenses import ClosedFormSeal, DiffusionDefense, TextEncoderSeal
+from mmbackdoor.defenses import ClosedFormSeal, DiffusionDefense, Finetune, TextEncoderSeal
 from mmbackdoor.defenses.finetune_reversal import Reference
 from mmbackdoor.defenses.skd import Latents
 from mmbackdoor.models.attention import AttentionRecorder
@@ -55,7 +55,8 @@ def trained_part(
     seed: int,
     reference: Reference | None = None,
 ) -> Part:
-    """What `method` trains of `model`; `reference` is a teacher in the place of the model's frozen start."""
+    """What `method` trains of `model`; `reference` is a teacher in the place of the model's frozen start, which
+    fine-tuning does without."""
     if isinstance(method, TextTrained):
         encoders, parameters = trainable_text(model, method.trainable, rank, gradient_checkpointing)
         text_teacher = TextTeacher(encoders, parameters)
@@ -72,12 +73,12 @@ def trained_part(
         )
     parameters = trainable(model, method.trainable, rank, gradient_checkpointing)
     others: dict[str, Iterable[Tensor]] = {"text encoder and autoencoder": model.frozen_tensors()}
-    if reference is None:
+    teacher = reference
+    if reference is not None:
+        others["the clean reference"] = reference.tensors()
+    elif not isinstance(method, Finetune):
         teacher = Teacher(model, parameters)
         others["tensors of the teacher"] = parameters.values()
-    else:
-        teacher = reference
-        others["the clean reference"] = reference.tensors()
     return Part(
         model.unet,
         parameters,

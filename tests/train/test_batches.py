@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import torch
 from PIL import Image
@@ -55,6 +56,19 @@ def test_pictures_are_cropped_in_the_middle():
     tensor = to_tensor(image, 10)
     assert tensor.shape == (3, 10, 10)
     assert tensor[2].mean() > 0.95 and tensor[0].mean() < -0.95
+
+
+def test_a_thin_picture_takes_no_more_than_its_square():
+    tracemalloc.start()
+    tensor = to_tensor(Image.new("RGB", (20_000, 1), (0, 0, 255)), 64)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert tensor.shape == (3, 64, 64) and tensor[2].min() == 1 and peak < 1 << 22
+    # Where the square lies: left half red, right half blue, of a picture twice as wide as it is high.
+    image = Image.new("RGB", (80, 40), (255, 0, 0))
+    image.paste((0, 0, 255), (40, 0, 80, 40))
+    red = (to_tensor(image, 20)[0] > 0).float().mean(0)
+    assert red[:9].min() == 1 and red[11:].max() == 0
 
 
 def test_random_words_are_a_function_of_the_place(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmbackdoor.defenses import SKD, FinetuneReversal
+from mmbackdoor.defenses import SKD, Finetune, FinetuneReversal
 from mmbackdoor.defenses.finetune_reversal import Reference
 from mmbackdoor.models.diffusion_files import load
 from mmbackdoor.models.source import shipped
@@ -40,6 +40,12 @@ def test_they_do_not_follow_the_training():
         for parameter in part.parameters.values():
             parameter += 1
     assert kept and all(torch.equal(kept[name], value) for name, value in part.before.items())
+
+
+def test_fine_tuning_has_no_teacher_in_memory():
+    part = parts.trained_part(load(shipped("tiny")), Finetune(), 4, False, 0)
+    assert list(part.held) == ["text encoder and autoencoder"]
+    assert part.setting(part.module, None).teacher is None
 
 
 @pytest.mark.parametrize("reversal", [False, True])

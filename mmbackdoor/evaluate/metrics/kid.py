@@ -17,6 +17,8 @@ from mmbackdoor.seeding import numpy_rng
 BLOCK, SMALLEST_BLOCK = 25, 10
 FEWEST_BLOCKS, MOST_BLOCKS = 3, 10
 """Prompts of a block of KID, and how many blocks an interval has."""
+MOST_PAIRS = 1 << 24
+"""Of pictures whose likeness is held at a time (128 MB)."""
 INCEPTION = "inception"
 
 
@@ -41,8 +43,7 @@ def kid(
     asked, asked_there = _numbered(len(x), len(y), prompts, reference_prompts)
     if min(len(np.unique(asked)), len(np.unique(asked_there))) < 2:
         raise ValueError(f"KID needs at least two pictures on each side, of different prompts, not {len(x)} and {len(y)}")
-    within = _mean(_kernel(x, x), asked, asked) + _mean(_kernel(y, y), asked_there, asked_there)
-    return within - 2 * _mean(_kernel(x, y), asked, asked_there)
+    return _mean(x, x, asked, asked) + _mean(y, y, asked_there, asked_there) - 2 * _mean(x, y, asked, asked_there)
 
 
 def kid_interval(
@@ -88,10 +89,16 @@ def _numbered(
     return index[:n], index[n:]
 
 
-def _mean(kernel: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> float:
-    """Over the pairs of different prompts."""
-    apart = torch.from_numpy(rows[:, None] != columns[None, :]).to(kernel.device)
-    return float(kernel[apart].mean())
+def _mean(x: torch.Tensor, y: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> float:
+    """The mean of the kernel over the pairs of different prompts, some rows at a time: a matrix of 50 000 x 50 000 takes
+    20 GB."""
+    total, count = 0.0, 0
+    step = max(1, MOST_PAIRS // len(y))
+    for start in range(0, len(x), step):
+        same = torch.from_numpy(rows[start : start + step, None] == columns[None, :]).to(x.device)
+        total += float(_kernel(x[start : start + step], y).masked_fill_(same, 0).sum())
+        count += same.numel() - int(same.sum())
+    return total / count
 
 
 def frechet(features: torch.Tensor, reference: torch.Tensor) -> float:

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from mmbackdoor.evaluate.metrics import kid as kid_module
 from mmbackdoor.evaluate.metrics.clip_score import clip_score, features, similarity
 from mmbackdoor.evaluate.metrics.kid import frechet, frechet_name, kid, kid_interval
 from mmbackdoor.evaluate.metrics.restoration import feature_similarity, pixel_similarity
@@ -31,6 +32,15 @@ def test_kid_equals_its_definition():
     assert kid(x, y) == pytest.approx(xx + yy - 2 * xy)
     with pytest.raises(ValueError, match="at least two"):
         kid(x[:1], y)
+
+
+@pytest.mark.parametrize("prompts", [None, [f"p{k // 3}" for k in range(31)]])
+def test_kid_is_the_same_a_few_rows_at_a_time(monkeypatch, prompts):
+    x, y = normal(31), normal(50, seed=1)
+    whole = kid(x, y, prompts, None)
+    for most in (1, 50, 170, 10_000):
+        monkeypatch.setattr(kid_module, "MOST_PAIRS", most)
+        assert kid(x, y, prompts, None) == pytest.approx(whole, rel=1e-12)
 
 
 def test_pairs_of_one_prompt_tell_nothing():
