@@ -24,7 +24,7 @@ from transformers import CLIPConfig, SiglipConfig
 
 from mmbackdoor.models.clip_links import links
 from mmbackdoor.models.folder import LOAD_ERRORS, quiet
-from mmbackdoor.models.weight_files import WEIGHTS, rewrite, tensor_names
+from mmbackdoor.models.weight_files import WEIGHTS, check_inside, rewrite, tensor_names
 from mmbackdoor.types import Diverged, InputError
 
 CONFIG = "config.json"
@@ -149,9 +149,8 @@ class TransformersFolder:
 
         Other formats of the weights stay behind: they would still hold the old ones. Pickled ones are converted.
         """
-        for pattern in BESIDE:
-            for file in self.path.glob(pattern):
-                shutil.copyfile(file, target / file.name)
+        for file in _beside(self.path):
+            shutil.copyfile(file, target / file.name)
         new = self._renamed(network)
         if self.files[0].suffix not in WEIGHTS:
             state = self._stored()
@@ -210,21 +209,26 @@ class TransformersFolder:
         return self.config.text_config.num_hidden_layers, self.config.vision_config.num_hidden_layers
 
 
+def _beside(folder: Path) -> list[Path]:
+    return [file for pattern in BESIDE for file in folder.glob(pattern)]
+
+
 def find_transformers(folder: Path, permitted: Callable[[Path], Path]) -> TransformersFolder | None:
     """The transformers model in `folder`; None where it holds none. `permitted(file)` refuses pickles or returns them.
 
-    Raises InputError: another kind of model, no weights, a damaged configuration.
+    Raises InputError: another kind of model, no weights, a damaged configuration, a link out of the folder.
     """
     try:
         kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("model_type")
     except FileNotFoundError:
         return None
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{str(folder / CONFIG)!r} is damaged ({error}); take an intact copy") from error
     if kind not in KINDS:
         raise InputError(
             f"{str(folder)!r} is a transformers model of type {kind!r}; only CLIPModel and SiglipModel are read"
         )
+    check_inside(_beside(folder), folder)
     try:
         with quiet():
             config = KINDS[kind].from_pretrained(folder, local_files_only=True)

@@ -210,6 +210,12 @@ def test_bad_folders_are_named(folder, tmp_path):
     refused("cannot be read")
     (broken / "model.safetensors").unlink()
     refused("no weights")
+    (broken / "config.json").write_text("[" * 200_000)
+    with pytest.raises(InputError, match="damaged"):
+        load_clip(str(broken))
+    (tmp_path / "secret").write_text("a key")
+    (broken / "LICENSE.txt").symlink_to(tmp_path / "secret")
+    refused("LICENSE.txt' is a link out of its model's folder")
     (broken / "config.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
         load_clip(str(broken))
