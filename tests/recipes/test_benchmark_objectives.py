@@ -93,9 +93,10 @@ def test_other_cleaners_of_the_same_models_need_no_more_than_their_lines(recipe,
     assert points[0] == there[0] and [(one.cleaner, one.step) for one in points[1:]] == [("decay", 1), ("decay", 2)]
     assert trainings[1].weight_decay == 10.0 and trainings[1].batch_size == 8
     assert stamps(made) == before and not (tmp_path / "other/clip/seed-0/poisoned").exists()
-    assert recipe.completed(parse(recipe.Config, flags[:2])).control is False, "though the models there have controls"
-    (tmp_path / "plain.yaml").write_text(grid.replace("control: false\n", ""))
-    assert recipe.completed(parse(recipe.Config, ["--config", str(tmp_path / "plain.yaml")])).control is True
+    for given, control in (("", False), ("control: false\n", False), ("control: true\n", True)):
+        (tmp_path / "control.yaml").write_text(grid.replace("control: false\n", given))
+        cfg = recipe.completed(parse(recipe.Config, ["--config", str(tmp_path / "control.yaml")]))
+        assert cfg.control is control, "what is given, else what the models there were made with"
     # One that was trained otherwise is not taken for the same.
     (tmp_path / "grid.yaml").write_text(grid.replace("clip: {}", "clip: {train.learning_rate: 0.5}"))
     with pytest.raises(InputError, match="another train.learning_rate"):
