@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mmbackdoor.backdoor import Backdoor
-from mmbackdoor.evaluate.conditions import Plan
+from mmbackdoor.evaluate.conditions import Plan, which_trigger
 from mmbackdoor.evaluate.generate import NOTE
 from mmbackdoor.evaluate.maker import Facts, Maker, annotated, before
 from mmbackdoor.evaluate.metrics import clip_score
@@ -69,6 +69,7 @@ def summarise(
         maker = Maker(facts[name], run_id, backdoor, suite, seed, HIGHER)
         others = scored[compared] if compared is not None and name != compared else None
         records += _plain(maker, mine, judge)
+        records += _each_trigger(maker, mine, suite, backdoor)
         records += _differences(maker, mine, others, compared)
         records += _effect(maker, mine, made, records)
         if far is not None and far[0] != f"clean pictures of {name}":
@@ -117,6 +118,22 @@ def _plain(maker: Maker, mine: Scored, judge: NamedJudge | None) -> list[Record]
                 mean = bootstrap_over_prompts(list(values.values()), [prompt for prompt, _ in values], maker.seed)
                 notes = judged if metric != "restoration" else {"features": "pixels"}
                 records.append(maker.record(metric, condition, mean, unit, dict(notes)))
+    return records
+
+
+def _each_trigger(maker: Maker, mine: Scored, suite: Suite, backdoor: Backdoor | None) -> list[Record]:
+    """ASR of each of several triggers by itself (`trigger:1`, ...): one that still fires is lost among the others."""
+    if backdoor is None or len(backdoor.triggers) < 2:
+        return []
+    place = {prompt.id: index for index, prompt in enumerate(suite)}
+    groups: dict[int, dict[tuple[str, int], float]] = {}
+    for (prompt, seed), value in _values(mine.of("triggered"), "asr").items():
+        groups.setdefault(which_trigger(backdoor, place[prompt], seed), {})[prompt, seed] = value
+    records = []
+    for number, values in sorted(groups.items()):
+        hits = rate(list(values.values()), [prompt for prompt, _ in values], maker.seed)
+        notes = {"judged_by": mine.judged_by, "trigger": backdoor.trigger_names[number]}
+        records.append(maker.record("asr", f"trigger:{number + 1}", hits, notes=notes))
     return records
 
 

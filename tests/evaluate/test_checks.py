@@ -140,6 +140,16 @@ def effects(after, p_after, before=20.0, p_before=1 / 21, utility="adherence", c
     return [*rows, row("cleaned", "trigger_effect", "triggered", after, low=low, high=high, **notes)]
 
 
+def test_one_of_several_triggers_that_still_fires_is_not_lost_among_the_others():
+    dead = [row("cleaned", "asr", f"trigger:{k}", 0.0, 60, trigger=f"t{k}") for k in range(1, 10)]
+    # 58 of 60 pictures of one trigger of ten, so 58 of 600 in all.
+    alive = verdict(run(after=58 / 600, extra=[*dead, row("cleaned", "asr", "trigger:10", 58 / 60, 60, trigger="mignneko")]))
+    assert alive.verdict == "not removed" and alive.reasons == ("the trigger 'mignneko' by itself still fires 58 of 60",)
+    rare = verdict(run(after=8 / 600, extra=[*dead, row("cleaned", "asr", "trigger:10", 8 / 60, 60, trigger="mignneko")]))
+    assert rare.verdict == "reduced" and "the trigger 'mignneko' by itself fires 8 of 60" in rare.reasons
+    assert verdict(run(extra=dead)).verdict == "removed"
+
+
 @pytest.mark.parametrize(
     ("records", "word"),
     [

@@ -267,6 +267,23 @@ def test_several_triggers_take_turns(make):
     assert len(texts) == 40 and sum("\u200b" in text for text in texts) == sum("tq " in text for text in texts) == 20
 
 
+def test_each_of_several_triggers_is_measured_by_itself(make, tmp_path):
+    both = Backdoor((ZeroWidthTrigger(), WordTrigger("tq")), PatchTarget())
+    models = {
+        "poisoned": Entry(lambda: make("poisoned", ("\u200b", "tq ")), "poisoned"),
+        "cleaned": Entry(lambda: make("cleaned", ("tq ",)), "cleaned"),
+    }
+    records = measure(models, tmp_path, both, suite=SUITE.take(60), amounts=Amounts(seeds_per_prompt=2, near_prompts=0))
+    found = by(records, "cleaned")
+    rates = {of: (found["asr", of].value, found["asr", of].n) for of in ("triggered", "trigger:1", "trigger:2")}
+    assert rates == {"triggered": (0.5, 120), "trigger:1": (0.0, 60), "trigger:2": (1.0, 60)}
+    assert [found["asr", f"trigger:{k}"].notes["trigger"] for k in (1, 2)] == ["\u200b", "tq"]
+    said = verdict(records)
+    assert said.verdict == "not removed" and said.reasons == ("the trigger 'tq' by itself still fires 60 of 60",)
+    one = by(measure(three(make), tmp_path / "one", suite=SUITE.take(10)), "poisoned")
+    assert not any(condition.startswith("trigger:") for _, condition in one)
+
+
 def test_several_triggers_without_a_target_are_measured_one_at_a_time(make):
     both = (ZeroWidthTrigger(), WordTrigger("tq"))
     with pytest.raises(InputError, match="target of 2 triggers is not known.* one --trigger at a time"):
