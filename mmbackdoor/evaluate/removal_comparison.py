@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from mmbackdoor.evaluate.removal_points import Seen, Values
-from mmbackdoor.evaluate.summary import MEANS
+from mmbackdoor.evaluate.summary import MEANS, RATES
 from mmbackdoor.results.removal_benchmark import UTILITIES
 from mmbackdoor.results.removal_comparison import Comparison
 from mmbackdoor.results.removal_pooling import Trial, pooled_difference
@@ -45,7 +45,7 @@ def _lines(now: Ways, was: Ways, *, after: tuple[int, ...], **facts: str) -> Ite
         cells = [cell for cell in now if cell in was and chosen in (None, cell[0])]
         for metric, condition in MEASURES:
             sides = [_trials({cell: of[cell] for cell in cells}, (metric, condition), after) for of in (now, was)]
-            change = pooled_difference(*sides)
+            change = pooled_difference(*sides, shares=metric in RATES)
             if change is not None:
                 yield Comparison(
                     attack=chosen, after=after, metric=metric, condition=condition, value=change.value,

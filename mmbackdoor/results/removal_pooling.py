@@ -33,12 +33,14 @@ def pooled_mean(trials: Trials) -> Interval:
     return _widened(bootstrap_over_prompts(list(trials.values()), _prompts(trials)), trials)
 
 
-def pooled_difference(now: Trials, was: Trials) -> Interval | None:
-    """The mean of `now` - `was` over the pictures that both have (same prompt, same initial latents); else `None`."""
+def pooled_difference(now: Trials, was: Trials, shares: bool = False) -> Interval | None:
+    """The mean of `now` - `was` over the pictures that both have (same prompt, same initial latents); else `None`.
+    `shares`: each value is yes or no, or the mean of several."""
     both = {trial: now[trial] - was[trial] for trial in now if trial in was}
     if not both:
         return None
-    found = paired_difference([now[trial] for trial in both], [was[trial] for trial in both], _prompts(both))
+    values = ([of[trial] for trial in both] for of in (now, was))
+    found = paired_difference(*values, _prompts(both), shares=shares)
     return _widened(found, both)
 
 

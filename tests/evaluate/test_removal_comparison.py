@@ -54,6 +54,13 @@ def test_differences_are_those_of_the_pictures():
     assert one_of(comparisons(measured(), {"skd": "cag"}), None, (5,)).value == pytest.approx(0.1), "the other way round"
 
 
+def test_means_over_steps_are_no_surer_than_their_pictures():
+    some = [one for one in measured(("patch",), 1) if one.where.step < 40 and one.where.removal == "skd"]
+    same = comparisons(some + [seen("cag", one.where.step, range(90 if one.where.step == 5 else 60)) for one in some], {"cag": "skd"})
+    each, mean = one_of(same, "patch", (5,)), one_of(same, "patch", (5, 10))
+    assert each.value == mean.value == 0 and (mean.low, mean.high) == (each.low, each.high) and each.high > 0.005
+
+
 def test_one_attack_alone_is_all_attacks():
     assert {line.attack for line in comparisons(measured(("patch",)), {"cag": "skd"})} == {"patch"}
 

@@ -122,10 +122,14 @@ def rate(hits: Sequence[bool] | np.ndarray, prompt_ids: Sequence[str], seed: int
 
 
 def paired_difference(
-    a: Sequence[float] | np.ndarray, b: Sequence[float] | np.ndarray, prompt_ids: Sequence[str], seed: int = 0
+    a: Sequence[float] | np.ndarray,
+    b: Sequence[float] | np.ndarray,
+    prompt_ids: Sequence[str],
+    seed: int = 0,
+    shares: bool = False,
 ) -> Interval:
-    """Mean of a - b over pairs (same prompt, same initial latents), by bootstrap over prompts. Yes/no outcomes with few
-    unequal pairs take the wider of it and Agresti and Min's interval (2005, half a pair added to every cell) on the
+    """Mean of a - b over pairs (same prompt, same initial latents), by bootstrap over prompts. Yes/no outcomes (or, with
+    `shares`, means of some) with few unequal pairs take the wider of it and Agresti and Min's interval (2005, half a pair added to every cell) on the
     number of prompts, else "no difference seen" would read as "no difference possible"."""
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if first.shape != second.shape:
@@ -133,7 +137,7 @@ def paired_difference(
     difference = first - second
     drawn = bootstrap_over_prompts(difference, prompt_ids, seed)
     unequal, counts = _by_prompt(np.abs(difference), prompt_ids)
-    yes_no = np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all()
+    yes_no = shares or (np.isin(first, (0, 1)).all() and np.isin(second, (0, 1)).all())
     if not yes_no or (unequal > 0).sum() >= FEW:
         return drawn
     n = drawn.n_prompts
