@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -23,19 +24,20 @@ def facts(line) -> dict[str, object]:
 
 @pytest.mark.parametrize("study", STUDIES, ids=lambda study: study.name)
 def test_the_lines_of_a_study_are_those_of_its_scores(study):
-    seeds, attacks = [], []
+    points_there = removal_benchmark.read(study)[0]
+    seeds = {one.seed for one in points_there} - {None}
     found: list[Seen] = []
     for file in study.glob(f"*/seed-*/{removal_scores.FILE_NAME}"):
         for one in removal_scores.seen(removal_scores.load(file)):
-            if one.where.final:
+            # A seed counts when all attacks have it; cells of others may be there already.
+            if one.where.final and one.seed in seeds:
                 kept = {key: of for key, of in one.values.items() if key == ("asr", "triggered")}
                 found.append(Seen(one.where, one.seed, kept))
-                seeds.append(one.seed)
-                attacks.append(one.where.attack)
     recipe = load("benchmark_removal")
     cfg = parse(recipe.Config, ["--config", str(ROOT / f"recipes/configs/benchmark_removal/{study.name}.yaml")])
-    assert (set(seeds), set(attacks)) == (set(cfg.seeds), set(cfg.attacks)) and len(seeds) % (len(cfg.seeds) * len(cfg.attacks)) == 0
-    written = [one for one in removal_benchmark.read(study)[0] if one.final and one.condition == "triggered"]
+    cells = itertools.product(cfg.attacks, seeds, ("none", "clean", *cfg.removals))
+    assert {(one.where.attack, one.seed, one.where.removal) for one in found} == set(cells) and seeds <= set(cfg.seeds)
+    written = [one for one in points_there if one.final and one.condition == "triggered"]
     written = [one for one in written if one.metric in ("asr", "asr_difference")]
     against = [one for one in removal_comparison.read(study) if not one.after and one.metric == "asr"]
     for lines, again in ((written, points(found)), (against, comparisons(found, cfg.against))):
