@@ -74,12 +74,11 @@ def check_names(**groups: Iterable[str]) -> None:
                 raise InputError(f"{what} has the name {name!r}, which the benchmark uses itself; choose another")
 
 
-def check_free(what: str, settings: Mapping[str, object], taken: Iterable[str]) -> None:
+def check_free(what: str, settings: Mapping[str, object], taken: Sequence[str]) -> None:
     """Raises `InputError` where `settings` (dotted keys) set what a benchmark sets itself: it would be void."""
-    taken = tuple(taken)
     for key in settings:
-        if key in taken or key.split(".")[-1] in taken:
-            raise InputError(f"{what}.{key} is not possible: the benchmark sets {key.split('.')[-1]} itself")
+        if (last := key.split(".")[-1]) in taken:
+            raise InputError(f"{what}.{key} is not possible: the benchmark sets {last} itself")
 
 
 def milestones_of(milestones: Sequence[int], steps: int) -> tuple[int, ...]:

@@ -129,8 +129,8 @@ def paired_difference(
     shares: bool = False,
 ) -> Interval:
     """Mean of a - b over pairs (same prompt, same initial latents), by bootstrap over prompts. Yes/no outcomes (or, with
-    `shares`, means of some) with few unequal pairs take the wider of it and Agresti and Min's interval (2005, half a pair added to every cell) on the
-    number of prompts, else "no difference seen" would read as "no difference possible"."""
+    `shares`, means of some) with few unequal pairs take the wider of it and Agresti and Min's interval (2005, half a
+    pair added to every cell) on the number of prompts, else "no difference seen" would read as "no difference possible"."""
     first, second = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if first.shape != second.shape:
         raise ValueError(f"pairs need equal lengths, not {first.shape} and {second.shape}")
