@@ -1,12 +1,12 @@
 """Remove a backdoor from a text-to-image model whose trigger is known or suspected.
 
-Removals: skd_cag (self-knowledge distillation with cross-attention guidance, Aravindan et al. 2025, arXiv 2508.18235),
-skd, esd, finetune, finetune_reversal; text_encoder_seal, for the text encoder alone; closed_form_seal, without training.
+Removals: skd (self-knowledge distillation) and skd_cag (with cross-attention guidance; Aravindan et al. 2025, arXiv
+2508.18235), esd, finetune, finetune_reversal; text_encoder_seal, for the text encoder; closed_form_seal, without training.
 Only finetune needs pictures (--train_data), only finetune_reversal a clean model (--defense.reference): the poisoned one
 on clean prompts is the teacher. Prompts and captions that hold the trigger by themselves are left out.
 
     CPU, the tiny model:
-        accelerate launch -q recipes/clean_diffusion.py --config recipes/configs/clean_diffusion/tiny.yaml \\
+        accelerate launch -q recipes/clean_diffusion.py --config recipes/configs/clean_diffusion/tiny_skd.yaml \\
             --pretrained_model_name_or_path runs/poisoned/model --output_dir runs/cleaned
     1 GPU, a trigger that you know:
         accelerate launch -q recipes/clean_diffusion.py --pretrained_model_name_or_path FOLDER --trigger '\\u200b' \\
@@ -29,7 +29,7 @@ from pydantic import Field
 
 from mmbackdoor.backdoor_flags import BackdoorFlags
 from mmbackdoor.config import Doc
-from mmbackdoor.defenses import SKDCAG, ClosedFormSeal, DiffusionDefense, Finetune, FinetuneReversal
+from mmbackdoor.defenses import SKD, SKDCAG, ClosedFormSeal, DiffusionDefense, Finetune, FinetuneReversal
 from mmbackdoor.entry import main
 from mmbackdoor.evaluate.conditions import untriggered, untriggered_keys
 from mmbackdoor.evaluate.generate import Sampling
@@ -63,7 +63,7 @@ class Config:
     prompts: Annotated[str, Doc("file (.txt, .csv, .tsv, .jsonl), captions of shards, or a built-in set")] = "general-train"
     num_prompts: Annotated[int | None, Field(ge=1), Doc("of these, picked by a hash of them; none: all")] = None
     train_data: Annotated[str, Doc("shards of clean pictures and captions, for latents 'data' and for finetune")] = ""
-    defense: Annotated[DiffusionDefense, Field(discriminator="name")] = SKDCAG()
+    defense: Annotated[DiffusionDefense, Field(discriminator="name")] = SKD()
     sampling: Sampling = Sampling(num_inference_steps=25)
     latents_per_prompt: Annotated[int, Field(ge=1), Doc("pictures of the teacher per prompt, for latents 'teacher'")] = 4
     latents_dir: Annotated[str | None, Doc("where pictures of the teacher are kept; may be shared")] = None

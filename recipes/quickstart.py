@@ -29,6 +29,8 @@ from mmbackdoor.shards.shapes_data import write_shapes
 from mmbackdoor.train.launch import make_accelerator
 
 TARGETS = {"badt2i_pixel": "patch", "badt2i_style": "style", "badt2i_object": "object"}
+REMOVALS = {"skd": ("tiny_skd.yaml", "tiny_object_skd.yaml"), "skd_cag": ("tiny.yaml", "tiny_object.yaml")}
+"""Configs of the removals: for backdoors that any prompt shows, and for the object's."""
 OBJECT = "cross"
 """What the object attack of the quickstart replaces."""
 
@@ -36,7 +38,7 @@ OBJECT = "cross"
 @dataclass(frozen=True)
 class Config:
     attack: Literal["badt2i_pixel", "badt2i_style", "badt2i_object"] = "badt2i_pixel"
-    defense: Literal["skd_cag", "skd"] = "skd_cag"
+    defense: Literal["skd", "skd_cag"] = "skd"
     from_scratch: Annotated[bool, Doc("make the clean model, its text encoder and the judge anew")] = False
     smoke: Annotated[bool, Doc("a few steps of everything, to see that it runs; the verdict means nothing")] = False
     output_dir: str = "runs/quickstart"
@@ -91,9 +93,8 @@ def run(cfg: Config) -> None:
 
     # Where object A becomes B only prompts of A show it: these are cleaned and measured, more pictures of each.
     about = ["--prompts", written("train", 8 if cfg.smoke else 448)] if only_object else []
-    removal = "tiny_object.yaml" if only_object else "tiny.yaml"
-    stage("clean_diffusion", "--config", configs / "clean_diffusion" / removal, "--defense", cfg.defense, *seed,
-          *resume, *quick, *about, "--pretrained_model_name_or_path", folder / "poisoned/model",
+    removal = REMOVALS[cfg.defense][only_object]
+    stage("clean_diffusion", "--config", configs / "clean_diffusion" / removal, *seed, *resume, *quick, *about, "--pretrained_model_name_or_path", folder / "poisoned/model",
           "--output_dir", folder / "cleaned")
     amount = (8, 1) if cfg.smoke else (360, 2) if only_object else (520, 1)
     prompts = written("evaluation", amount[0])

@@ -18,7 +18,8 @@ LAST = ["poison_diffusion", "clean_diffusion", "evaluate_diffusion"]
 
 @pytest.mark.parametrize("from_scratch", [False, True], ids=["", "from_scratch"])
 @pytest.mark.parametrize("attack", ["badt2i_pixel", "badt2i_style", "badt2i_object"])
-def test_every_stage_is_one_that_its_recipe_reads(attack, from_scratch, tmp_path, monkeypatch):
+@pytest.mark.parametrize("defense", ["skd", "skd_cag"])
+def test_every_stage_is_one_that_its_recipe_reads(defense, attack, from_scratch, tmp_path, monkeypatch):
     quickstart = recipe_files.load("quickstart")
     stages: list[tuple[str, Any]] = []
     drawn, tables = [], []
@@ -38,6 +39,8 @@ def test_every_stage_is_one_that_its_recipe_reads(attack, from_scratch, tmp_path
     monkeypatch.setattr(quickstart, "compare", lambda folders: tables.extend(folders))
     flags = ["--attack", attack, "--seed", "3", "--output_dir", str(tmp_path / "run")]
     flags += ["--from_scratch"] * from_scratch
+    if defense != quickstart.Config().defense:
+        flags += ["--defense", defense]
     quickstart.run(parse(quickstart.Config, flags))
 
     first = ["pretrain_clip", "pretrain_clip", "train_diffusion"] if from_scratch else []
@@ -46,7 +49,7 @@ def test_every_stage_is_one_that_its_recipe_reads(attack, from_scratch, tmp_path
     assert drawn == [folder / "data", *[folder / "judge_data"] * from_scratch] and tables == [folder / "evaluation"]
     poison, clean, evaluation = (cfg for _, cfg in stages[-3:])
     assert poison.attack.name == attack and poison.mark.target().name == quickstart.TARGETS[attack]
-    assert poison.train_data == f"{folder}/data/train-*.tar" and clean.defense.name == "skd_cag"
+    assert poison.train_data == f"{folder}/data/train-*.tar" and clean.defense.name == defense
     # Written by an earlier stage, or shipped.
     sound = judge = None
     if from_scratch:
