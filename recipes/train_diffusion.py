@@ -25,6 +25,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from mmbackdoor.backdoor import FILE_NAME as BACKDOOR_FILE
 from mmbackdoor.config import Doc
 from mmbackdoor.defenses.finetune import Finetune
 from mmbackdoor.entry import main
@@ -87,7 +88,13 @@ def make_model(cfg: Config, device) -> DiffusionModel:
         raise InputError("--from_scratch tiny works on pixels; leave --autoencoder out, or make a small one")
     if cfg.from_scratch == "small" and cfg.autoencoder is None:
         raise InputError("--from_scratch small needs --autoencoder FOLDER (see train_autoencoder)")
-    text_encoder, tokenizer = to_clip_text_model(load_clip(shipped(cfg.text_encoder)))
+    tower = shipped(cfg.text_encoder)
+    if (Path(tower) / BACKDOOR_FILE).is_file():
+        raise InputError(
+            f"--text_encoder {cfg.text_encoder!r} carries or carried a backdoor (see its backdoor.json), and a new model "
+            "is to be a sound one; give another CLIP"
+        )
+    text_encoder, tokenizer = to_clip_text_model(load_clip(tower))
     if cfg.autoencoder is None:
         model = DiffusionModel(tiny_pipeline(text_encoder, tokenizer, cfg.seed))
     else:

@@ -163,6 +163,8 @@ CASES = [
     Case("resume from what is none", "poison_diffusion", PATCHED + " --resume_from_checkpoint {root}/data",
          "is no checkpoint"),
     Case("no text encoder", "train_diffusion", "--from_scratch tiny --train_data {shards}", "--text_encoder FOLDER"),
+    Case("poisoned text encoder", "train_diffusion",
+         "--from_scratch tiny --train_data {shards} --text_encoder {poisoned}", "--text_encoder.*carries.*sound"),
     Case("another model's backdoor.json", "train_diffusion", POISON + " --pretrained_model_name_or_path {altered}",
          "belongs to another model"),
     Case("unknown prompts", "clean_diffusion", CLEAN + " --prompts {root}/none.txt", "none.txt.*built-in sets"),
