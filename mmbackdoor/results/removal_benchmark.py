@@ -16,7 +16,7 @@ from pydantic import ConfigDict, TypeAdapter
 
 from mmbackdoor.evaluate.checks import FIRED, Verdict, verdict
 from mmbackdoor.results.record import Record, read_lines, write_text
-from mmbackdoor.results.tables import Table, cell, number, trials, unit
+from mmbackdoor.results.tables import Table, cell, condition_name, number, trials, unit
 from mmbackdoor.types import InputError
 
 POINTS, RUNS = "points.jsonl", "runs.jsonl"
@@ -196,6 +196,18 @@ def step_table(points: Sequence[Point]) -> Table | None:
     return Table((f"ASR / {metric}, after steps", *map(str, steps)), tuple(lines))
 
 
+def near_table(points: Sequence[Point]) -> Table | None:
+    """ASR of each spelling near the trigger in the last models; `None` where none was tried."""
+    tried = [one for one in pooled(points) if one.metric == "asr" and one.condition.startswith("near:")]
+    kinds = sorted({one.condition for one in tried})
+    lines = []
+    for row in rows(tried):
+        found = [find(tried, row, "asr", kind) for kind in kinds]
+        counts = dict.fromkeys(trials(one.record) for one in found if one)
+        lines.append((", ".join(row), *map(_cell, found), " / ".join(counts)))
+    return Table(("ASR, near triggers", *map(condition_name, kinds), "n"), tuple(lines)) if kinds else None
+
+
 def situation_table(points: Sequence[Point], kind: Literal["stress", "durability"]) -> Table | None:
     """ASR and, beside it, the utility on clean prompts of the last models: a column for each situation, with the number
     of seeds where it has fewer than the models as they are."""
@@ -232,6 +244,7 @@ def tables(points: Sequence[Point], runs: Sequence[RemovalRun]) -> dict[str, Tab
     made = {
         "The models, pooled over seeds": main_table(points, runs),
         "After k steps": step_table(points),
+        "Near the trigger": near_table(points),
         "Other ways to sample": situation_table(points, "stress"),
         "Durability: after benign steps, after poison pairs": situation_table(points, "durability"),
     }

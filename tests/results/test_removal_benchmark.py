@@ -261,6 +261,23 @@ def test_the_table_has_a_verdict_on_every_removal():
     assert removal_benchmark.step_table([one for one in some if one.final]) is None
 
 
+def test_spellings_near_the_trigger_have_a_table_of_the_last_models():
+    assert removal_benchmark.near_table(numbers()) is None
+    near, some = ("near:seen:doubled", "near:unseen:case"), []
+    for removal, stage, step, hits in ((NONE, "poisoned", 0, (19, 10)), ("skd", "cleaned", 40, (1, 0))):
+        values = {
+            ("asr", of): {(f"p{k}", 0): float(k < count) for k in range(20)} for of, count in zip(near, hits, strict=True)
+        }
+        some.append(Seen(Where(attack="patch", removal=removal, stage=stage, step=step), 0, values))
+    early = Where(attack="patch", removal="skd", stage="cleaned", step=5, final=False)
+    some.append(Seen(early, 0, {("asr", near[0]): {("p0", 0): 1.0}}))
+    table = removal_benchmark.near_table(points(some))
+    assert table.header == ("ASR, near triggers", "doubled (seen)", "case (unseen)", "n")
+    assert [(row[0], *(of.split(" [")[0] for of in row[1:3]), row[3]) for row in table.rows] == [
+        ("patch, none", "95.0 %", "50.0 %", "20"), ("patch, skd", "5.0 %", "0.0 %", "20"),
+    ]  # fmt: skip
+
+
 def test_what_spoils_a_comparison_is_warned_of():
     assert removal_benchmark.warnings(numbers(), runs()) == []
     failed = replace(runs()[0], status="failed", error="not finite")
