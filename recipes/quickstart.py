@@ -94,7 +94,8 @@ def run(cfg: Config) -> None:
     # Where object A becomes B only prompts of A show it: these are cleaned and measured, more pictures of each.
     about = ["--prompts", written("train", 8 if cfg.smoke else 448)] if only_object else []
     removal = REMOVALS[cfg.defense][only_object]
-    stage("clean_diffusion", "--config", configs / "clean_diffusion" / removal, *seed, *resume, *quick, *about, "--pretrained_model_name_or_path", folder / "poisoned/model",
+    stage("clean_diffusion", "--config", configs / "clean_diffusion" / removal, *seed, *resume, *quick, *about,
+          "--pretrained_model_name_or_path", folder / "poisoned/model",
           "--output_dir", folder / "cleaned")
     amount = (8, 1) if cfg.smoke else (360, 2) if only_object else (520, 1)
     prompts = written("evaluation", amount[0])
