@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from mmbackdoor import recipe_files
 from mmbackdoor.config import parse
@@ -70,3 +71,17 @@ def test_every_stage_is_one_that_its_recipe_reads(defense, attack, from_scratch,
         assert poison.mark.target().source == quickstart.OBJECT
     assert {poison.seed, clean.seed, evaluation.sampling.seed} == {3}
     assert {cfg.train.resume_from_checkpoint for cfg in (poison, clean)} == {"auto"}
+
+
+@pytest.mark.parametrize("config", ["tiny", "tiny_object"])
+def test_the_recommended_removal_has_the_settings_that_the_study_confirmed(config):
+    configs = recipe_files.folders()["recipes"] / "configs"
+    study = yaml.safe_load((configs / "benchmark_removal/attention_confirmed.yaml").read_text())["removals"]["skd"]
+    flags = [word for key, value in study.items() if key != "config" for word in (f"--{key}", str(value))]
+
+    recipe = recipe_files.load("clean_diffusion")
+
+    def read(name: str, *more: str):
+        return parse(recipe.Config, ["--config", str(configs / f"clean_diffusion/{name}.yaml"), *more])
+
+    assert read(f"{config}_skd") == read(config, *flags) != read(config)
