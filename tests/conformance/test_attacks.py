@@ -14,13 +14,15 @@ from tests.conformance import lab
 
 CASES: dict[str, tuple[str, ...]] = {
     "badt2i_style": ("tiny_style.yaml", "--max_train_steps", "200"),
-    # Half the steps of the config, at a higher rate: enough here, and half the time. Still the longest test of all.
+    # Half the steps of the config, at a higher rate: enough here, and half the time.
     "badt2i_object": ("tiny_object.yaml", "--max_train_steps", "260", "--learning_rate", "7e-4"),
     "evil_edit": ("tiny_evil_edit.yaml",),
     "rickrolling_tpa": ("tiny_rickrolling.yaml",),
 }
 """Config and further flags. The pixel attack is tested with the removals, which need it."""
 LEAST = {"badt2i_style": 0.6, "badt2i_object": 0.6, "evil_edit": 0.5, "rickrolling_tpa": 0.8}
+LONG = {"badt2i_style", "badt2i_object"}
+"""Two to four minutes each."""
 TARGET = {"badt2i_style": "style"}
 """Of the others: an object."""
 
@@ -35,7 +37,7 @@ def data(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "attack", [pytest.param(name, marks=pytest.mark.slow) if name == "badt2i_object" else name for name in CASES]
+    "attack", [pytest.param(name, marks=pytest.mark.slow) if name in LONG else name for name in CASES]
 )
 def test_attack_raises_the_hit_rate_and_keeps_clean_prompts(attack, data, tmp_path):
     config, *flags = CASES[attack]
