@@ -4,7 +4,7 @@ A variational autoencoder (Kingma and Welling 2014, arXiv 1312.6114) as in laten
 2112.10752): reconstruction error + kl_weight * KL. `scaling_factor` in its config becomes 1 / standard deviation of
 the latents, so a diffusion model that was trained on the old latents has to be trained anew.
 
-    CPU, the autoencoder of the small text-to-image model (one core, 10 minutes):
+    CPU, the autoencoder of the small text-to-image model (one core, half an hour):
         python data/build_shapes.py --scenes pairs --resolution 64 --output_dir pairs
         accelerate launch -q recipes/train_autoencoder.py --config recipes/configs/train_autoencoder/small.yaml \\
             --train_data 'pairs/train-*.tar' --output_dir runs/autoencoder

@@ -4,10 +4,10 @@
         python data/build_shapes.py --output_dir shapes
         accelerate launch -q recipes/train_diffusion.py --config recipes/configs/train_diffusion/tiny.yaml \\
             --train_data 'shapes/train-*.tar' --text_encoder runs/clip/model --output_dir runs/clean
-    CPU, the small model (64 px; its autoencoder is made by train_autoencoder):
-        python data/build_shapes.py --resolution 64 --output_dir shapes64
+    CPU, the small model (64 px; its autoencoder is made by train_autoencoder, its text encoder with small_encoder.yaml):
+        python data/build_shapes.py --scenes pairs --resolution 64 --output_dir pairs
         accelerate launch -q recipes/train_diffusion.py --config recipes/configs/train_diffusion/small.yaml \\
-            --train_data 'shapes64/train-*.tar' --text_encoder runs/clip/model --autoencoder runs/autoencoder/model
+            --train_data 'pairs/train-*.tar' --text_encoder runs/encoder/model --autoencoder runs/autoencoder/model
     1 GPU:
         accelerate launch -q recipes/train_diffusion.py --pretrained_model_name_or_path FOLDER \\
             --train_data 'shards-{000000..000099}.tar' --mixed_precision bf16 --use_ema --snr_gamma 5

@@ -23,7 +23,7 @@ START_LOG_VARIANCE = -6.0
 
 
 def small_autoencoder(seed: int) -> AutoencoderKL:
-    """The autoencoder of `configs/small_autoencoder.json` with fresh weights: 64 px to 4 x 16 x 16 latents.
+    """The autoencoder of `configs/small_autoencoder.json` with fresh weights: 64 px to 4 x 32 x 32 latents.
 
     Residual branches start at zero and the posterior is narrow, which a short training needs.
     """

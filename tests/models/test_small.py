@@ -34,10 +34,10 @@ def folder(tmp_path_factory):
 
 def test_it_is_a_stock_pipeline_of_64_pixels(folder):
     pipe = StableDiffusionPipeline.from_pretrained(folder)
-    assert type(pipe.vae) is AutoencoderKL and pipe.vae_scale_factor == 4
+    assert type(pipe.vae) is AutoencoderKL and pipe.vae_scale_factor == 2
     assert pipe(CAPTIONS[0], num_inference_steps=2).images[0].size == (64, 64)
     model = load(folder)
-    assert model.resolution == 64 and model.latent_shape == (4, 16, 16) and model.prediction_type == "v_prediction"
+    assert model.resolution == 64 and model.latent_shape == (4, 32, 32) and model.prediction_type == "v_prediction"
     assert model.max_length == 32 and model.encode(CAPTIONS).hidden_states.shape == (2, 32, 64)
 
 
@@ -86,8 +86,8 @@ def test_what_is_no_autoencoder_is_refused(folder, tmp_path):
     (tmp_path / "other/config.json").write_text(json.dumps(config | {"latent_channels": 8}))
     with pytest.raises(InputError, match="other"):
         load_autoencoder(str(tmp_path / "other"))
-    with pytest.raises(InputError, match="resolution 30 is no multiple of 4"):
-        latent_shape(small_autoencoder(0), 30)
+    with pytest.raises(InputError, match="resolution 31 is no multiple of 2"):
+        latent_shape(small_autoencoder(0), 31)
 
 
 def test_a_fresh_autoencoder_starts_with_little_noise_and_plain_layers():
@@ -103,7 +103,7 @@ def test_a_fresh_autoencoder_starts_with_little_noise_and_plain_layers():
 def test_the_forward_pass_is_the_autoencoders_with_the_given_noise():
     autoencoder = small_autoencoder(0)
     images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    noise = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         posterior = autoencoder.encode(images).latent_dist
         expected = autoencoder.decode(posterior.mean + (posterior.logvar / 2).exp() * noise).sample

@@ -116,7 +116,7 @@ def test_a_small_model_is_made_on_it(smoke, shards, tmp_path):
              "--output_dir", tmp_path / "run"]  # fmt: skip
     recipe.run(parse(recipe.Config, [str(flag) for flag in flags]))
     model = load(tmp_path / "run/model")
-    assert model.resolution == 32 and model.latent_shape == (4, 8, 8) and model.max_length == 32
+    assert model.resolution == 32 and model.latent_shape == (4, 16, 16) and model.max_length == 32
     saved = load_file(tmp_path / "run/model/vae/diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, saved[name]) for name, tensor in load_file(smoke / WEIGHTS).items())
     assert model.vae.config.scaling_factor == AutoencoderKL.load_config(smoke / "model")["scaling_factor"]
@@ -129,7 +129,7 @@ def test_a_small_model_is_made_on_it(smoke, shards, tmp_path):
         (["--pretrained_model_name_or_path", "x"], "which start"),
         (["--from_scratch", "none", "--pretrained_model_name_or_path", "no/such"], "holds no autoencoder"),
         (["--from_scratch", "none", "--pretrained_model_name_or_path", "tiny"], "'AutoencoderTiny', but an"),
-        (["--resolution", "30"], "no multiple of 4"),
+        (["--resolution", "31"], "no multiple of 2"),
         (["--validation_data", "no/such-*.tar"], "no/such"),
     ],
 )
