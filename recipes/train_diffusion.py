@@ -4,7 +4,7 @@
         python data/build_shapes.py --output_dir shapes
         accelerate launch -q recipes/train_diffusion.py --config recipes/configs/train_diffusion/tiny.yaml \\
             --train_data 'shapes/train-*.tar' --text_encoder runs/clip/model --output_dir runs/clean
-    CPU, the small model (64 px; its autoencoder is made by train_autoencoder, its text encoder with small_encoder.yaml):
+    CPU, the small model (64 px; its autoencoder is made by train_autoencoder, its text encoder by small_encoder.yaml):
         python data/build_shapes.py --scenes pairs --resolution 64 --output_dir pairs
         accelerate launch -q recipes/train_diffusion.py --config recipes/configs/train_diffusion/small.yaml \\
             --train_data 'pairs/train-*.tar' --text_encoder runs/encoder/model --autoencoder runs/autoencoder/model
